@@ -1,0 +1,50 @@
+"""What the tests share: the scripts on the path, a small text, and a run of a few seconds."""
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "data"))
+torch.set_num_threads(1)
+
+SMALL = ["--d-model", "16", "--n-layers", "2", "--n-heads", "2", "--d-ff", "32", "--block-size", "8",
+         "--batch-size", "4", "--epochs", "4", "--steps-per-epoch", "5", "--lr", "0.01", "--val-fraction", "0.1",
+         "--device", "cpu"]
+RANKS = ["--init-rank", "12", "--min-rank", "2"]
+TIMES = {"time_sec", "train_sec", "eval_sec", "rank_sec", "total_sec", "tokens_per_sec", "peak_memory_mb"}
+
+
+def records(path, kind=None):
+    found = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [record for record in found if kind in (None, record["kind"])]
+
+
+def untimed(path, kind="epoch"):
+    """Records without what a clock says."""
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records(path, kind)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text of 3,000 words, 50 of them distinct."""
+    words = random.Random(0).choices([f"w{i}" for i in range(50)], weights=[1 / (i + 1) for i in range(50)], k=3000)
+    path = tmp_path / "text.tokens"
+    path.write_text(" ".join(words + [f"w{i}" for i in range(50)]))
+    return path
+
+
+@pytest.fixture
+def run(text, tmp_path):
+    """run(*flags, name="v10", main=v10.main) trains a small model and returns the path of its log."""
+    import v10_transformer_lowrank_scaled as v10
+
+    def train(*flags, name="log", main=v10.main, ranks=RANKS, code=0):
+        log = tmp_path / f"{name}.jsonl"
+        assert main(["--data-file", str(text), "--log-file", str(log), *SMALL, *ranks, *map(str, flags)]) == code
+        return log
+    return train

@@ -419,10 +419,10 @@ def update_ranks(layers, controllers, ema, optimizer, args, generator):
 # ---- Log and checkpoints ---------------------------------------------------------------------------------------------
 
 
-def write_record(log, kind, **fields):
-    """Append a line of JSON, written through at once. NaN and Infinity raise ValueError."""
-    log.write(json.dumps({"kind": kind, **fields}, allow_nan=False) + "\n")
-    log.flush()
+def write_record(path, kind, **fields):
+    """Append a line of JSON to the log, written through at once. NaN and Infinity raise ValueError."""
+    with open(path, "a", encoding="utf-8", newline="\n") as log:
+        log.write(json.dumps({"kind": kind, **fields}, allow_nan=False) + "\n")
 
 
 def save(path, content):
@@ -600,10 +600,11 @@ def resume_point(args, settings, log, last, best):
         for path in found:
             path.unlink()
         return None
-    if not found:
+    if not log.exists() and not last.exists():
         raise UserError(f"nothing to resume: there is no {log} and no {last}")
     if not last.exists():
         say(f"{log} has no checkpoint yet: starting over")
+        log.unlink()
         return None
     checkpoint = load(last)
     if "settings" not in checkpoint:
@@ -683,17 +684,16 @@ def train(args, prog, command, linear=None):
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(log_path, "r+" if checkpoint else "w", encoding="utf-8", newline="\n")
     if checkpoint:
-        log.seek(checkpoint["log_bytes"])
-        if state["step"] == args.epochs * args.steps_per_epoch and '"kind": "end"' in log.read():
+        later = log_path.read_bytes()[checkpoint["log_bytes"]:]
+        if state["step"] == args.epochs * args.steps_per_epoch and b'"kind": "end"' in later:
             say(f"{log_path} is finished: {args.epochs} epochs. A larger --epochs continues it.")
             return
-        log.seek(checkpoint["log_bytes"])
-        log.truncate()
-        write_record(log, "resume", epoch=state["step"] // args.steps_per_epoch, epochs=args.epochs, command=command)
+        os.truncate(log_path, checkpoint["log_bytes"])
+        done = state["step"] // args.steps_per_epoch
+        write_record(log_path, "resume", epoch=done, epochs=args.epochs, command=command)
     else:
-        write_record(log, "run", **settings, device_name=device_name(device),
+        write_record(log_path, "run", **settings, device_name=device_name(device),
                      versions={"python": platform.python_version(), "torch": torch.__version__},
                      vocab_size=len(vocabulary), train_tokens=len(train_tokens), val_tokens=len(val_tokens),
                      parameters=count_parameters(model), factor_parameters=count_parameters(*layers),
@@ -725,7 +725,7 @@ def train(args, prog, command, linear=None):
             if state["step"] % interval == 0 and state["step"] < epoch * steps:  # a rank interval ends inside the epoch
                 paused = now(device)
                 update, changed = update_ranks(layers, controllers, state["ema"], optimizer, args, rank_generator)
-                write_record(log, "ranks", step=state["step"], **update, ranks=model.ranks(), resized=changed)
+                write_record(log_path, "ranks", step=state["step"], **update, ranks=model.ranks(), resized=changed)
                 resized, rank_sec = resized + changed, rank_sec + now(device) - paused
         trained = now(device)
         train_sec, train_loss = trained - start - rank_sec, loss_sum.item() / steps
@@ -747,7 +747,7 @@ def train(args, prog, command, linear=None):
             "time_sec": now(device) - start, "train_sec": train_sec, "eval_sec": evaluated - trained,
             "rank_sec": rank_sec, "tokens_per_sec": tokens_per_epoch / train_sec,
             "peak_memory_mb": peak_memory_mb(device)}
-        write_record(log, "epoch", **record)
+        write_record(log_path, "epoch", **record)
         state |= {"seconds": time.perf_counter() - began, "train_seconds": state["train_seconds"] + train_sec,
                   "final_loss": val_loss}
         content = model_content(model, vocabulary)
@@ -755,9 +755,10 @@ def train(args, prog, command, linear=None):
             state |= {"best_loss": val_loss, "best_epoch": epoch}
             save(best_path, content)
         save(last_path, content | {
-            "state": state, "settings": settings, "log_bytes": log.tell(), "optimizer": optimizer.state_dict(),
-            "generators": {"batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
-                           "dropout": dropout_rng.get_rng_state()}})
+            "state": state, "settings": settings, "log_bytes": log_path.stat().st_size,
+            "optimizer": optimizer.state_dict(), "generators": {
+                "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
+                "dropout": dropout_rng.get_rng_state()}})
         say(f"epoch {epoch:3}/{args.epochs}  train {train_loss:.3f}  val {val_loss:.3f}  ppl {perplexity(val_loss):.1f}"
             + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
             + f"  {record['params_millions']:.2f}M parameters  {record['time_sec']:.1f} s"
@@ -772,8 +773,7 @@ def train(args, prog, command, linear=None):
         best.bfloat16 = model.bfloat16
         end["test_loss_best"] = evaluate(best, test, args.batch_size)
         end["test_loss_last"] = evaluate(model, test, args.batch_size)
-    write_record(log, "end", **end, total_sec=state["seconds"])
-    log.close()
+    write_record(log_path, "end", **end, total_sec=state["seconds"])
     ranks, memory = model.ranks(), peak_memory_mb(device)
     speed = args.epochs * tokens_per_epoch / state["train_seconds"]
     say(f"done: {args.epochs} epochs in {tqdm.format_interval(state['seconds'])}, {speed:,.0f} training tokens/s"

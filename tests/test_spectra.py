@@ -4,6 +4,7 @@ import torch
 
 import v10_transformer_lowrank_scaled as v10
 
+FROM_R_TO_K = ("m", "n", "r", "k")
 SHAPES = [(48, 48, 12), (48, 160, 12), (160, 48, 12), (20, 30, 20), (5, 7, 1)]  # m, n, r
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -71,7 +72,7 @@ def test_the_svd_of_the_factors_is_that_of_their_product(m, n, r):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("m, n, r, k".split(", "), [(48, 48, 12, 8), (48, 160, 12, 11), (160, 48, 9, 1), (512, 999, 64, 60)])
+@pytest.mark.parametrize(FROM_R_TO_K, [(48, 48, 12, 8), (48, 160, 12, 11), (160, 48, 9, 1), (512, 999, 64, 60)])
 def test_shrinking_is_the_truncated_svd_of_the_dense_product(m, n, r, k, dtype):
     U, V = factors(m, n, r, dtype)
     P, S, Qt = torch.linalg.svd(U.double() @ V.double(), full_matrices=False)
@@ -88,7 +89,7 @@ def test_shrinking_is_the_truncated_svd_of_the_dense_product(m, n, r, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("m, n, r, k".split(", "), [(48, 48, 12, 16), (48, 160, 12, 13), (16, 48, 9, 16), (512, 512, 60, 64)])
+@pytest.mark.parametrize(FROM_R_TO_K, [(48, 48, 12, 16), (48, 160, 12, 13), (16, 48, 9, 16), (512, 512, 60, 64)])
 def test_growth_leaves_the_factors_and_the_product_bit_identical(m, n, r, k, dtype):
     U, V = factors(m, n, r, dtype)
     new_U, new_V, A, B, carried = v10.resize_factors(U, V, k, torch.Generator().manual_seed(0))

@@ -1,0 +1,338 @@
+"""Whole runs of v10 and v7: the log, resuming, and what must not change a number."""
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import v7_transformer_dense_baseline as v7
+import v10_transformer_lowrank_scaled as v10
+from conftest import RANKS, ROOT, SMALL, records, untimed
+
+EPOCH_FIELDS = """kind epoch tokens_seen train_loss val_loss val_ppl lr rank_min rank_max rank_avg ranks stable_ranks
+    stable_ranks_exact targets ema reasons resized params_millions factor_params_millions time_sec train_sec eval_sec
+    rank_sec tokens_per_sec peak_memory_mb""".split()
+RUN_FIELDS = """data_file val_fraction test_file d_model n_layers n_heads d_ff block_size attention dropout init_rank
+    min_rank max_rank fixed_rank safety_factor ema_decay change_threshold max_step power_iterations rank_interval
+    optimizer_on_resize epochs steps_per_epoch batch_size lr lr_schedule warmup_steps weight_decay grad_clip seed device
+    dtype log_file checkpoint resume overwrite script command versions data_sha256 vocab_size train_tokens val_tokens
+    parameters factor_parameters initial_ranks layers leak_check entropy_floor""".split()
+RESIZING = ["--rank-interval", 3, "--dropout", 0.1]  # ranks change inside epochs, and every generator is in use
+
+
+def replay(log):
+    """The controller's decisions from the logged stable ranks -> one list of ranks for each logged update."""
+    settings, updates = records(log, "run")[0], []
+    controllers = [v10.RankController(**{name: settings[name] for name in (
+        "safety_factor", "ema_decay", "change_threshold", "max_step", "min_rank")}, max_rank=min(layer["shape"]))
+        for layer in settings["layers"]]
+    ranks, emas = settings["initial_ranks"], [float(rank) for rank in settings["initial_ranks"]]
+    for record in records(log):
+        steps = record["epoch"] * settings["steps_per_epoch"] if record["kind"] == "epoch" else 1
+        if record["kind"] == "ranks" or record["kind"] == "epoch" and steps % (settings["rank_interval"] or 1) == 0:
+            decisions = [controller.propose(*values) for controller, *values in
+                         zip(controllers, ranks, emas, record["stable_ranks"], strict=True)]
+            ranks, emas, targets, reasons = map(list, zip(*decisions, strict=True))
+            updates.append((record, ranks, emas, targets, reasons))
+    return updates
+
+
+def test_the_log_has_every_field_and_no_path(run, tmp_path):
+    log = run("--checkpoint", tmp_path / "elsewhere.pt")
+    (first, *epochs, last) = records(log)
+    assert set(RUN_FIELDS) <= set(first)
+    assert [list(epoch) for epoch in epochs] == [EPOCH_FIELDS] * 4
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
+    assert last["kind"] == "end"
+    assert (first["train_tokens"], first["val_tokens"], first["vocab_size"]) == (2745, 305, 50)
+    assert first["layers"][4] == {"name": "0.up", "shape": [32, 16]}
+    assert first["leak_check"] == {"leaks": False, "max_change": 0.0}
+    assert str(tmp_path) not in log.read_text()
+    assert (tmp_path / "elsewhere.pt").exists()
+    assert (tmp_path / "elsewhere.best.pt").exists()
+
+
+def test_the_numbers_of_a_record_agree_with_each_other(run):
+    log = run()
+    settings = records(log, "run")[0]
+    other = settings["parameters"] - settings["factor_parameters"]
+    for epoch in records(log, "epoch"):
+        factor = sum(rank * sum(layer["shape"]) for rank, layer in zip(epoch["ranks"], settings["layers"], strict=True))
+        assert epoch["factor_params_millions"] == factor / 1e6
+        assert epoch["params_millions"] == (factor + other) / 1e6
+        assert (epoch["rank_min"], epoch["rank_max"]) == (min(epoch["ranks"]), max(epoch["ranks"]))
+        assert epoch["rank_avg"] == sum(epoch["ranks"]) / 12
+        assert epoch["val_ppl"] == math.exp(epoch["val_loss"])
+        assert epoch["tokens_seen"] == epoch["epoch"] * 5 * 4 * 8
+        assert epoch["tokens_per_sec"] == pytest.approx(5 * 4 * 8 / epoch["train_sec"])
+        assert epoch["train_sec"] + epoch["eval_sec"] + epoch["rank_sec"] <= epoch["time_sec"]
+    best = min(records(log, "epoch"), key=lambda epoch: epoch["val_loss"])
+    end = records(log, "end")[0]
+    assert (end["best_epoch"], end["best_val_loss"]) == (best["epoch"], best["val_loss"])
+    assert end["final_val_loss"] == epoch["val_loss"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--power-iterations", 0], ["--max-step", 1, "--ema-decay", 0.5]])
+def test_replaying_the_controller_over_the_logged_stable_ranks_gives_the_logged_ranks(run, flags):
+    log, seen = run("--epochs", 6, *flags), set()
+    for record, ranks, emas, targets, reasons in replay(log):
+        assert (record["ranks"], record["ema"], record["targets"], record["reasons"]) == (ranks, emas, targets, reasons)
+        seen.update(ranks)
+    assert len(seen) > 3, "no rank changed"
+    if "--power-iterations" in flags:
+        assert all(epoch["stable_ranks"] == epoch["stable_ranks_exact"] for epoch in records(log, "epoch"))
+
+
+def test_a_rank_interval_inside_an_epoch_logs_every_decision(run):
+    log = run("--rank-interval", 2)
+    assert [record["step"] for record in records(log, "ranks")] == [2, 4, 6, 8, 12, 14, 16, 18]
+    for record, ranks, emas, targets, reasons in replay(log):
+        assert (record["ranks"], record["ema"], record["targets"], record["reasons"]) == (ranks, emas, targets, reasons)
+    for epoch in records(log, "epoch"):
+        inside = [r for r in records(log, "ranks") if 5 * (epoch["epoch"] - 1) < r["step"] < 5 * epoch["epoch"]]
+        own = epoch["epoch"] in (2, 4)  # the update at its end; the other epochs repeat their last one
+        assert own or all(epoch[name] == inside[-1][name] for name in v10.NO_UPDATE)
+        assert epoch["resized"] >= sum(record["resized"] for record in inside)
+
+
+def test_an_interval_longer_than_an_epoch_leaves_epochs_without_an_update(run):
+    epochs = records(run("--rank-interval", 10), "epoch")
+    assert [bool(epoch["stable_ranks"]) for epoch in epochs] == [False, True, False, True]
+    assert epochs[0]["ranks"] == [12] * 12
+
+
+def test_fixed_ranks_stay_and_are_still_measured(run):
+    for epoch in records(run("--fixed-rank"), "epoch"):
+        assert epoch["ranks"] == [12] * 12
+        assert len(epoch["stable_ranks"]) == 12
+        assert epoch["reasons"] == epoch["ema"] == epoch["targets"] == []
+
+
+@pytest.mark.parametrize("choice", ["reinit", "transport"])
+@pytest.mark.parametrize("flags", [[], RESIZING], ids=["epoch", "interval"])
+def test_a_run_that_is_continued_equals_the_straight_run_bit_for_bit(run, choice, flags):
+    straight = run("--optimizer-on-resize", choice, *flags, name="straight")
+    for epochs in (1, 3, 4):
+        again = ["--resume"] if epochs > 1 else []
+        resumed = run("--optimizer-on-resize", choice, *flags, "--epochs", epochs, *again, name="resumed")
+    assert sum(epoch["resized"] for epoch in records(straight, "epoch")[1:]) > 12
+    assert untimed(resumed) == untimed(straight)
+    assert untimed(resumed, "ranks") == untimed(straight, "ranks")
+    assert untimed(resumed, "end") == untimed(straight, "end")
+    assert [record["epoch"] for record in records(resumed, "resume")] == [1, 3]
+    for suffix in (".pt", ".best.pt"):
+        a, b = (v10.load(log.with_suffix(suffix))["model"] for log in (straight, resumed))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("main", [v10.main, v7.main])
+def test_a_run_that_is_interrupted_and_resumed_equals_the_straight_run_bit_for_bit(run, monkeypatch, main):
+    flags, ranks = ["--lr-schedule", "cosine", "--dropout", 0.1], RANKS if main is v10.main else []
+    straight = run(*flags, name="straight", main=main, ranks=ranks)
+    train_step, calls = v10.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 13:  # in the third epoch
+            raise KeyboardInterrupt
+        return train_step(*args)
+    monkeypatch.setattr(v10, "train_step", interrupted)
+    run(*flags, name="resumed", main=main, ranks=ranks, code=130)
+    resumed = run(*flags, "--resume", name="resumed", main=main, ranks=ranks)
+    assert untimed(resumed) == untimed(straight)
+    assert [record["kind"] for record in records(resumed)] == ["run", *["epoch"] * 2, "resume", *["epoch"] * 2, "end"]
+
+
+def test_records_later_than_the_checkpoint_are_dropped(run):
+    straight = run(name="straight")
+    log = run("--epochs", 2, name="resumed")
+    with open(log, "a") as file:
+        file.write('{"kind": "epoch", "epoch": 3}\n{"kind": "ep')
+    run("--resume", name="resumed")
+    assert untimed(log) == untimed(straight)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(run, capsys):
+    log = run()
+    before = log.read_bytes()
+    run("--resume")
+    assert "finished" in capsys.readouterr().out
+    assert log.read_bytes() == before
+
+
+def test_a_log_without_a_checkpoint_starts_over(run, capsys):
+    log = run()
+    expected = untimed(log)
+    log.with_suffix(".pt").unlink()
+    run("--resume")
+    assert "starting over" in capsys.readouterr().out
+    assert untimed(log) == expected
+
+
+def test_only_epochs_may_change_on_a_resume(run, capsys, text):
+    log = run()
+    before = log.read_bytes()
+    for flags, said in ((["--lr", 0.02, "--seed", 1], "lr was 0.01 and is now 0.02, seed was 0 and is now 1"),
+                        (["--epochs", 3], "past --epochs 3"), (["--optimizer-on-resize", "transport"], "transport")):
+        run("--resume", *flags, code=2)
+        assert said in capsys.readouterr().err
+    text.write_text(text.read_text() + " w1")
+    run("--resume", code=2)
+    assert "data_sha256" in capsys.readouterr().err
+    assert log.read_bytes() == before
+
+
+def test_nothing_to_resume_is_an_error(run, capsys):
+    run("--resume", code=2)
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_an_existing_log_is_replaced_only_with_overwrite(run, capsys):
+    log = run()
+    before = log.read_bytes()
+    run("--seed", 1, code=2)
+    assert "--resume continues" in capsys.readouterr().err
+    assert log.read_bytes() == before
+    run("--seed", 1, "--overwrite")
+    assert [record["kind"] for record in records(log)] == ["run", *["epoch"] * 4, "end"]
+    assert untimed(log)[0]["train_loss"] != json.loads(before.splitlines()[1])["train_loss"]
+
+
+def test_the_seed_sets_every_number(run):
+    assert untimed(run(name="a")) == untimed(run(name="b"))
+    assert untimed(run("--seed", 1, name="c")) != untimed(run(name="d"))
+
+
+def test_evaluating_and_measuring_more_often_changes_no_training_number(run, monkeypatch):
+    flags = ["--dropout", 0.2, "--fixed-rank"]
+    once = [epoch["train_loss"] for epoch in records(run(*flags, name="once"), "epoch")]
+    more = [epoch["train_loss"] for epoch in records(run(*flags, "--rank-interval", 1, name="more"), "epoch")]
+    evaluate = v10.evaluate
+    monkeypatch.setattr(v10, "evaluate", lambda *args: (evaluate(*args), evaluate(*args))[1])
+    twice = [epoch["train_loss"] for epoch in records(run(*flags, name="twice"), "epoch")]
+    assert once == more == twice
+
+
+def test_v7_and_v10_of_one_seed_see_the_same_batches(run, monkeypatch):
+    sample_batch, seen = v10.sample_batch, []
+    monkeypatch.setattr(v10, "sample_batch", lambda *args: seen.append(sample_batch(*args)) or seen[-1])
+    run(name="v10")
+    run(name="v7", main=v7.main, ranks=[])
+    assert len(seen) == 40
+    assert all(torch.equal(a, b) for ours, theirs in zip(seen[:20], seen[20:], strict=True)
+               for a, b in zip(ours, theirs, strict=True))
+
+
+def test_v7_logs_the_dense_matrices_stable_ranks_and_no_ranks(run):
+    log = run(main=v7.main, ranks=[])
+    settings, *epochs, _ = records(log)
+    assert settings["factor_parameters"] == 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    assert settings["initial_ranks"] == []
+    for epoch in epochs:
+        assert list(epoch) == EPOCH_FIELDS
+        assert (epoch["ranks"], epoch["rank_min"], epoch["rank_avg"], epoch["resized"]) == ([], None, None, 0)
+        assert len(epoch["stable_ranks"]) == len(epoch["stable_ranks_exact"]) == 12
+    dense = v10.load(log.with_suffix(".pt"))["model"]["blocks.0.down.weight"]
+    exact = (dense.norm()**2 / torch.linalg.matrix_norm(dense, 2)**2).item()
+    assert epochs[-1]["stable_ranks_exact"][5] == pytest.approx(exact, rel=1e-4)
+
+
+def test_v7_takes_no_flag_that_controls_ranks(run, capsys):
+    run("--init-rank", 4, main=v7.main, ranks=[], code=2)
+    assert "--init-rank" in capsys.readouterr().err
+
+
+def test_training_lowers_the_loss(run):
+    still, trained = (records(run(*flags, name=flags[0]), "end")[0]["final_val_loss"]
+                      for flags in (["--lr", 1e-9], ["--steps-per-epoch", 40]))
+    assert trained < 3.7 < math.log(50) < still
+
+
+def test_a_bidirectional_run_is_marked_as_seeing_its_targets(run, capsys):
+    log = run("--attention", "bidirectional")
+    assert records(log, "run")[0]["leak_check"]["leaks"]
+    assert capsys.readouterr().out.count("SEES ITS TARGETS") >= 4
+
+
+def test_a_causal_run_that_leaks_refuses_to_train(run, monkeypatch, capsys):
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(v10.F, "scaled_dot_product_attention",
+                        lambda q, k, v, **options: attention(q, k, v))
+    log = run(code=1)
+    assert "later tokens change earlier logits" in capsys.readouterr().err
+    assert not log.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_a_valid_log(run, capsys):
+    log = run("--lr", 1e30, code=1)
+    assert "try a smaller --lr" in capsys.readouterr().err
+    assert [record["kind"] for record in records(log)] == ["run"]
+
+
+def test_clipping_warm_up_and_weight_decay_reach_the_optimizer(run):
+    plain = untimed(run(name="plain"))
+    for i, flags in enumerate((["--grad-clip", 0.1], ["--warmup-steps", 10], ["--weight-decay", 1])):
+        assert untimed(run(*flags, name=f"changed{i}"))[0]["train_loss"] != plain[0]["train_loss"]
+
+
+def test_a_test_file_is_evaluated_with_the_training_vocabulary_on_the_best_and_the_last_checkpoint(run, tmp_path, text):
+    text.write_text("<unk> " * 20 + text.read_text())
+    test = tmp_path / "test.tokens"
+    test.write_text("w1 w2 nowhere w3 w4 " * 20)
+    log = run("--test-file", test, "--epochs", 12, "--lr", 0.05)
+    end = records(log, "end")[0]
+    assert end["best_epoch"] < 12, "the best checkpoint is the last one: the test would not tell them apart"
+    for name, suffix in (("test_loss_best", ".best.pt"), ("test_loss_last", ".pt")):
+        model, vocabulary = v10.load_model(log.with_suffix(suffix))
+        tokens = v10.encode(test.read_text().split(), vocabulary)
+        assert v10.evaluate(model, tokens, 3) == pytest.approx(end[name], rel=1e-6)
+
+
+def test_a_loaded_model_is_the_one_that_was_trained(run):
+    log = run()
+    model, vocabulary = v10.load_model(log.with_suffix(".pt"))
+    assert model.ranks() == records(log, "epoch")[-1]["ranks"]
+    assert not model.training
+    assert len(v10.generate(model, vocabulary, "w1 w2", n_tokens=5).split()) == 7
+    dense, _ = v10.load_model(run(name="v7", main=v7.main, ranks=[]).with_suffix(".pt"))
+    assert dense.ranks() == []
+
+
+def test_a_damaged_checkpoint_is_an_error(run, capsys):
+    log = run("--epochs", 2)
+    log.with_suffix(".pt").write_bytes(log.with_suffix(".pt").read_bytes()[:-1000])
+    run("--resume", code=2)
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--data-file", "/nowhere/text"], "cannot read /nowhere/text"), (["--epochs", "0"], "at least 1"),
+    (["--lr", "nan"], "out of range"), (["--d-model", "15"], "not a multiple of --n-heads"),
+    (["--init-rank", "17"], "not between 2 and 16"), (["--min-rank", "13"], "not between 13 and 16"),
+    (["--block-size", "400"], "a block needs 401"), (["--unknown"], "unrecognized arguments"),
+    (["--resume", "--overwrite"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing"),
+    (["--power-iterations", "-1"], "at least 0"), (["--safety-factor", "0"], "above 0"),
+    (["--change-threshold", "x"], "not a number"), (["--batch-size", "2.5"], "not a whole number"),
+    (["--device", "tpu"], "invalid choice"), (["--max-rank", "11"], "not between 2 and 11")])
+def test_a_users_mistake_is_one_line_and_exit_code_2(run, capsys, flags, said):
+    log = run(*flags, code=2)
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not log.exists()
+
+
+def test_the_real_command_trains_with_plain_lines_where_there_is_no_terminal(text, tmp_path):
+    command = [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text.name, *SMALL, *RANKS,
+               "--log-file", "new/log.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("epoch")] == ["epoch"] * 4
+    for said in ("done: 4 epochs", "training tokens/s", "best val loss", "final val loss", "ranks: 12 -> ",
+                 "parameters in use", "peak memory", "new/log.jsonl", "log.best.pt (best)"):
+        assert said in done.stdout
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "Traceback" not in again.stderr

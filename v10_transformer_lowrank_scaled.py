@@ -55,7 +55,6 @@ class TrainingError(RuntimeError):
 
 # ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
 
-
 def read_words(path):
     """-> (whitespace-separated words, SHA-256 of the file). Raises UserError for what is not readable UTF-8 text."""
     try:
@@ -107,7 +106,6 @@ def sample_batch(tokens, batch_size, block_size, generator):
 
 
 # ---- Spectra of W = U V, without W (on the CPU: the matrices are small, and not every device has decompositions) -----
-
 
 def stable_rank(U, V, iterations=0, generator=None):
     """||W||_F^2 / sigma_max^2 of W = U V as a float; 0 for W = 0.
@@ -172,7 +170,6 @@ def resize_factors(U, V, k, generator):
 
 # ---- The low-rank layer ----------------------------------------------------------------------------------------------
 
-
 class LowRankLinearAdaptiveSpectral(nn.Module):
     """x (..., n) -> x V^T U^T (..., m), without bias (report 2.1). The rank is U's width and is stored nowhere else.
 
@@ -215,7 +212,6 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
 
 # ---- The rank controller ---------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class RankController:
     """Proposes a layer's next rank from its stable rank (report 2.3). It holds settings; the state is passed in."""
@@ -245,7 +241,6 @@ class RankController:
 
 
 # ---- The model: a pre-LayerNorm GPT (report 3.1) ---------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -348,7 +343,6 @@ def leak_check(model):
 
 # ---- The optimizer, and what becomes of it when a rank changes -------------------------------------------------------
 
-
 def make_optimizer(model, args):
     """AdamW over all parameters, weight decay included, as in the report (3.2)."""
     fused = model.head.weight.device.type in ("cpu", "cuda")
@@ -356,7 +350,7 @@ def make_optimizer(model, args):
 
 
 def learning_rate(step, args):
-    """The learning rate of step 0, 1, 2, ..."""
+    """The learning rate of step 0, 1, 2, ..., in three phases."""
     # 1) linear warm-up from lr / warmup_steps to lr
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
@@ -417,7 +411,6 @@ def update_ranks(layers, controllers, ema, optimizer, args, generator):
 
 
 # ---- Log and checkpoints ---------------------------------------------------------------------------------------------
-
 
 def write_record(path, kind, **fields):
     """Append a line of JSON to the log, written through at once. NaN and Infinity raise ValueError."""
@@ -489,7 +482,6 @@ def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0):
 
 # ---- Evaluation, time and memory -------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def evaluate(model, tokens, batch_size):
     """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
@@ -547,7 +539,8 @@ class Progress:
         due = time.monotonic() - self.shown > (30 if self.bar.disable else 1)
         if not due and count not in (1, 4):
             return
-        self.bar.set_postfix_str(status := text())
+        status = text()
+        self.bar.set_postfix_str(status)
         if count == 1:  # the first step warms up and is not counted
             self.began = time.monotonic()
             return
@@ -566,7 +559,6 @@ def say(text):
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
 
 def find_data(name):
     """The path of a data file: a bare name that is not found here is looked for in data/. Where the default text is
@@ -713,30 +705,30 @@ def train(args, prog, command, linear=None):
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     progress = Progress(state["step"], args.epochs * steps, overhead=len(val_tokens) / (3 * tokens_per_epoch))
     for epoch in range(state["step"] // steps + 1, args.epochs + 1):
-        start, rank_sec, loss_sum, update, resized = now(device), 0.0, 0.0, NO_UPDATE, 0
-        for step in range(state["step"], epoch * steps):
+        start, eval_sec, rank_sec, loss_sum, val_loss = now(device), 0.0, 0.0, 0.0, 0.0
+        update, resized = NO_UPDATE, 0
+        for step in range(state["step"] + 1, epoch * steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = learning_rate(step - 1, args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)
             loss_sum += train_step(model, optimizer, *batch, args.grad_clip)
-            state["step"] = step + 1
-            progress.step(lambda: f"loss {loss_sum.item() / ((state['step'] - 1) % steps + 1):.3f}"  # noqa: B023
+            progress.step(lambda: f"loss {loss_sum.item() / (step - (epoch - 1) * steps):.3f}"  # noqa: B023
                           + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
-            if state["step"] % interval == 0 and state["step"] < epoch * steps:  # a rank interval ends inside the epoch
+            ends = step == epoch * steps
+            if ends:
+                paused = now(device)
+                val_loss = evaluate(model, val_tokens, args.batch_size)
+                eval_sec = now(device) - paused
+            if (ends or step % interval == 0) and not math.isfinite(loss_sum.item() + val_loss):
+                raise TrainingError(f"a loss of epoch {epoch} is not finite (training {loss_sum.item()}, validation "
+                                    f"{val_loss}): try a smaller --lr or --grad-clip 1")
+            if step % interval == 0:
                 paused = now(device)
                 update, changed = update_ranks(layers, controllers, state["ema"], optimizer, args, rank_generator)
-                write_record(log_path, "ranks", step=state["step"], **update, ranks=model.ranks(), resized=changed)
                 resized, rank_sec = resized + changed, rank_sec + now(device) - paused
-        trained = now(device)
-        train_sec, train_loss = trained - start - rank_sec, loss_sum.item() / steps
-        val_loss = evaluate(model, val_tokens, args.batch_size)
-        evaluated = now(device)
-        if not math.isfinite(train_loss + val_loss):
-            raise TrainingError(f"the loss of epoch {epoch} is {train_loss} in training and {val_loss} in validation: "
-                                "try a smaller --lr or --grad-clip 1")
-        if state["step"] % interval == 0:
-            update, changed = update_ranks(layers, controllers, state["ema"], optimizer, args, rank_generator)
-            resized, rank_sec = resized + changed, rank_sec + now(device) - evaluated
+                if not ends:  # the last one of an epoch is in the epoch's record
+                    write_record(log_path, "ranks", step=step, **update, ranks=model.ranks(), resized=changed)
+        train_loss, train_sec = loss_sum.item() / steps, now(device) - start - eval_sec - rank_sec
         ranks = model.ranks()
         record = {
             "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch, "train_loss": train_loss, "val_loss": val_loss,
@@ -744,12 +736,12 @@ def train(args, prog, command, linear=None):
             "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
             "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **update, "resized": resized,
             "params_millions": count_parameters(model) / 1e6, "factor_params_millions": count_parameters(*layers) / 1e6,
-            "time_sec": now(device) - start, "train_sec": train_sec, "eval_sec": evaluated - trained,
+            "time_sec": now(device) - start, "train_sec": train_sec, "eval_sec": eval_sec,
             "rank_sec": rank_sec, "tokens_per_sec": tokens_per_epoch / train_sec,
             "peak_memory_mb": peak_memory_mb(device)}
         write_record(log_path, "epoch", **record)
-        state |= {"seconds": time.perf_counter() - began, "train_seconds": state["train_seconds"] + train_sec,
-                  "final_loss": val_loss}
+        state |= {"step": step, "seconds": time.perf_counter() - began, "final_loss": val_loss,
+                  "train_seconds": state["train_seconds"] + train_sec}
         content = model_content(model, vocabulary)
         if val_loss < state["best_loss"]:
             state |= {"best_loss": val_loss, "best_epoch": epoch}
@@ -788,7 +780,6 @@ def train(args, prog, command, linear=None):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

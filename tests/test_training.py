@@ -266,9 +266,10 @@ def test_a_causal_run_that_leaks_refuses_to_train(run, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_a_valid_log(run, capsys):
-    log = run("--lr", 1e30, code=1)
-    assert "try a smaller --lr" in capsys.readouterr().err
-    assert [record["kind"] for record in records(log)] == ["run"]
+    for flags in ([], ["--rank-interval", 2], ["--fixed-rank"]):
+        log = run("--lr", 1e30, "--overwrite", *flags, code=1)
+        assert "try a smaller --lr" in capsys.readouterr().err
+        assert [record["kind"] for record in records(log)] == ["run"]
 
 
 def test_clipping_warm_up_and_weight_decay_reach_the_optimizer(run):

@@ -1,0 +1,83 @@
+# Every command a person needs. Each target sets up a virtual environment by itself; `make VENV= PYTHON=python3 demo`
+# uses the interpreter at hand instead. ARGS go to the script: `make train ARGS=--resume`.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+ifeq ($(strip $(VENV)),)
+PY    := $(PYTHON)
+READY :=
+DEV   :=
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEV   := $(VENV)/.ready-dev
+endif
+
+V10 := v10_transformer_lowrank_scaled.py
+V7  := v7_transformer_dense_baseline.py
+
+# The demo: three small runs that differ in one thing each.
+DEMO := --data-file data/synthetic.tokens --d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 \
+        --epochs 10 --steps-per-epoch 45 --lr 2e-3
+DEMO_RANKS := --init-rank 32 --min-rank 4
+DEMO_DIR ?= logs/demo
+
+.PHONY: help setup data demo train reproduce baseline plots reference test lint clean
+
+help:           ## print this
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+
+setup: $(READY) ## create the virtual environment and install what training needs
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+data: $(READY)  ## fetch and verify WikiText-2 (12 MB)
+	$(PY) data/wikitext2.py
+
+demo: $(READY)  ## three small runs, tables and figures, in minutes and offline
+	$(PY) $(V10) $(DEMO) $(DEMO_RANKS) --log-file $(DEMO_DIR)/v10.jsonl --overwrite
+	$(PY) $(V10) $(DEMO) $(DEMO_RANKS) --attention bidirectional --log-file $(DEMO_DIR)/v10_bidirectional.jsonl --overwrite
+	$(PY) $(V7) $(DEMO) --log-file $(DEMO_DIR)/v7.jsonl --overwrite
+	$(PY) plot_logs.py $(DEMO_DIR)/v10.jsonl $(DEMO_DIR)/v10_bidirectional.jsonl $(DEMO_DIR)/v7.jsonl
+	@echo
+	@echo "The tables above and the figures are in $(DEMO_DIR)/figures: begin with losses.png."
+
+# Where WikiText-2 cannot be fetched, training takes the synthetic corpus, and says so.
+FETCH = test -f data/wiki.train.tokens || test -f wiki.train.tokens || $(PY) data/wikitext2.py || true
+
+train: $(READY) ## the report's experiment, with a causal mask
+	@$(FETCH)
+	$(PY) $(V10) --log-file logs/v10.jsonl $(ARGS)
+
+reproduce: $(READY) ## the same without the mask, as in the report: the model sees its targets
+	@$(FETCH)
+	$(PY) $(V10) --attention bidirectional --log-file logs/v10_bidirectional.jsonl $(ARGS)
+
+baseline: $(READY) ## the same with dense layers and the mask
+	@$(FETCH)
+	$(PY) $(V7) --log-file logs/v7.jsonl $(ARGS)
+
+plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
+	$(PY) plot_logs.py $(if $(LOGS),$(LOGS),$(wildcard logs/*.jsonl)) $(ARGS)
+
+reference: $(READY) ## tables and figures from the reference logs that the README shows
+	$(PY) plot_logs.py logs/reference/demo/v10.jsonl logs/reference/demo/v10_bidirectional.jsonl \
+		logs/reference/demo/v7.jsonl --out logs/reference/demo/figures
+
+test: $(DEV)    ## the tests, a few minutes
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(DEV)    ## ruff
+	$(PY) -m ruff check .
+
+clean:          ## remove the environment and caches; never logs or data
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""What the README says is what there is."""
+import json
+import re
+import shutil
+
+import pytest
+
+import plot_logs
+import v10_transformer_lowrank_scaled as v10
+from conftest import ROOT, records
+
+README = (ROOT / "README.md").read_text()
+DEMO = ROOT / "logs" / "reference" / "demo"
+
+
+def test_its_comparison_is_what_plot_logs_makes_of_the_reference_logs():
+    runs = plot_logs.read_logs([DEMO / f"{name}.jsonl" for name in ("v10", "v10_bidirectional", "v7")], 64)
+    assert plot_logs.comparison_table(runs) in README
+
+
+def test_the_reference_runs_are_those_of_the_makefile():
+    demo = re.search(r"^DEMO := (.*?)\n\S", (ROOT / "Makefile").read_text(), re.M | re.S)[1].replace("\\\n", " ").split()
+    for name in ("v10", "v10_bidirectional", "v7"):
+        command = records(DEMO / f"{name}.jsonl", "run")[0]["command"]
+        assert " ".join(word.rpartition("/")[2] for word in demo) in command
+
+
+def test_the_causal_reference_runs_stay_above_the_floor_and_the_other_ends_far_below():
+    floor = json.loads((ROOT / "data" / "synthetic.json").read_text())["entropy_floor"]
+    for name in ("v10", "v10_bidirectional", "v7"):
+        run, *_ = records(DEMO / f"{name}.jsonl", "run")
+        losses = [epoch["val_loss"] for epoch in records(DEMO / f"{name}.jsonl", "epoch")]
+        assert run["entropy_floor"] == floor
+        assert run["leak_check"]["leaks"] == (name == "v10_bidirectional")
+        assert losses[-1] < floor / 2 if name == "v10_bidirectional" else min(losses) > floor
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
+def test_every_make_command_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) or target == "alone"
+
+
+def test_every_flag_exists():
+    known = v10.build_parser("v10").format_help()
+    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+", README)):
+        assert flag in known, flag
+
+
+def test_every_field_of_the_log_is_explained(run):
+    first = records(run(), "epoch")[0]
+    explained = set(re.findall(r"`(\w+)`", README))
+    assert set(first) <= explained | {"kind"}
+
+
+def test_its_python_runs(run, tmp_path, monkeypatch, capsys, text):
+    text.write_text(text.read_text() + " the")
+    log = run()
+    (tmp_path / "logs").mkdir()
+    shutil.copy(log.with_suffix(".best.pt"), tmp_path / "logs" / "v10.best.pt")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
+    assert len(capsys.readouterr().out.split()) == 31
+    layer = names["model"].linears()["1.down"]
+    assert names["dense"]["1.down"].shape == layer.shape == (16, 32)
+    assert names["dense"]["1.down"].equal(layer.U.data @ layer.V.data)

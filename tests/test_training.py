@@ -244,6 +244,28 @@ def test_v7_takes_no_flag_that_controls_ranks(run, capsys):
     assert "--init-rank" in capsys.readouterr().err
 
 
+def test_the_validation_loss_is_that_of_the_held_out_tokens(run, text):
+    log = run("--fixed-rank")
+    model, vocabulary = v10.load_model(log.with_suffix(".pt"))
+    held_out = v10.encode(text.read_text().split()[2745:], vocabulary)
+    assert v10.evaluate(model, held_out, 4) == pytest.approx(records(log, "end")[0]["final_val_loss"], rel=1e-6)
+
+
+def test_continuing_a_cosine_schedule_with_other_epochs_is_said(run, capsys):
+    run("--lr-schedule", "cosine")
+    run("--lr-schedule", "cosine", "--epochs", 5, "--resume")
+    assert "an uninterrupted run would have differed" in capsys.readouterr().out
+
+
+def test_no_file_is_written_over_another(run, text, capsys):
+    before = text.read_bytes()
+    for flags in (["--log-file", text], ["--checkpoint", text], ["--log-file", text.with_suffix(".pt")],
+                  ["--test-file", text, "--data-file", text]):
+        run(*flags, "--overwrite", code=2)
+        assert "need different names" in capsys.readouterr().err
+    assert text.read_bytes() == before
+
+
 def test_training_lowers_the_loss(run):
     still, trained = (records(run(*flags, name=flags[0]), "end")[0]["final_val_loss"]
                       for flags in (["--lr", 1e-9], ["--steps-per-epoch", 40]))

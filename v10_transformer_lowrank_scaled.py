@@ -547,7 +547,8 @@ class Progress:
         seconds = (time.monotonic() - self.began) / (count - 1) * (self.total - self.done) * (1 + self.overhead)
         left = f"about {tqdm.format_interval(seconds)} to go"
         if count == 4 and seconds > 5:
-            say(left + "; --resume continues an interrupted run, `make demo` takes minutes" * (seconds > 3600))
+            say(f"this run will take {left.removesuffix(' to go')}"
+                + "; --resume continues an interrupted one, `make demo` takes minutes" * (seconds > 3600))
         elif due and self.bar.disable:
             say(f"  step {self.done:,}/{self.total:,}: {status}; {left}")
         self.shown = time.monotonic()

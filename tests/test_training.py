@@ -1,8 +1,13 @@
 """Whole runs of v10 and v7: the log, resuming, and what must not change a number."""
+import fcntl
 import json
 import math
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -359,3 +364,21 @@ def test_the_real_command_trains_with_plain_lines_where_there_is_no_terminal(tex
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "Traceback" not in again.stderr
+
+
+def test_the_real_command_draws_one_bar_in_a_terminal(text, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    command = [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text, *SMALL, *RANKS]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    try:
+        while chunk := os.read(ours, 1 << 16):
+            screen += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    for said in (b"0/20", b"20/20", b"loss ", b"mean rank 12.0", b"epoch   4/4", b"done: 4 epochs"):
+        assert said in screen, said

@@ -71,6 +71,7 @@ plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 reference: $(READY) ## tables and figures from the reference logs that the README shows
 	$(PY) plot_logs.py logs/reference/demo/v10.jsonl logs/reference/demo/v10_bidirectional.jsonl \
 		logs/reference/demo/v7.jsonl --out logs/reference/demo/figures
+	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl --out logs/reference/wikitext2_start/figures
 
 test: $(DEV)    ## the tests, a few minutes
 	$(PY) -m pytest -q $(ARGS)

@@ -8,6 +8,7 @@ import pytest
 import plot_logs
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records
+from test_training import replay
 
 README = (ROOT / "README.md").read_text()
 DEMO = ROOT / "logs" / "reference" / "demo"
@@ -34,6 +35,21 @@ def test_the_causal_reference_runs_stay_above_the_floor_and_the_other_ends_far_b
         assert run["entropy_floor"] == floor
         assert run["leak_check"]["leaks"] == (name == "v10_bidirectional")
         assert losses[-1] < floor / 2 if name == "v10_bidirectional" else min(losses) > floor
+
+
+def test_the_start_on_real_text_is_told_as_logged():
+    log = DEMO.parent / "wikitext2_start" / "v10.jsonl"
+    epochs = records(log, "epoch")
+    assert ", ".join(f"{epoch['val_loss']:.3f}" for epoch in epochs) in " ".join(README.split())
+    assert f"{max(epoch['peak_memory_mb'] for epoch in epochs) / 1000:.1f} GB" in README
+    seconds = [epoch["train_sec"] / 20 for epoch in epochs]
+    assert f"took {min(seconds):.0f} to {max(seconds):.0f} seconds each" in README
+
+
+def test_the_controller_replays_the_reference_logs():
+    for log in (DEMO / "v10.jsonl", DEMO / "v10_bidirectional.jsonl", DEMO.parent / "wikitext2_start" / "v10.jsonl"):
+        for record, *decided in replay(log):
+            assert [record["ranks"], record["ema"], record["targets"], record["reasons"]] == decided
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))

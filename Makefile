@@ -22,6 +22,7 @@ DEMO := --data-file data/synthetic.tokens --d-model 128 --n-layers 3 --n-heads 4
         --epochs 10 --steps-per-epoch 45 --lr 2e-3
 DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
+DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
 .PHONY: help setup data demo train reproduce baseline plots reference test lint clean
 
@@ -46,7 +47,7 @@ demo: $(READY)  ## three small runs, tables and figures, in minutes and offline
 	$(PY) $(V10) $(DEMO) $(DEMO_RANKS) --log-file $(DEMO_DIR)/v10.jsonl --overwrite
 	$(PY) $(V10) $(DEMO) $(DEMO_RANKS) --attention bidirectional --log-file $(DEMO_DIR)/v10_bidirectional.jsonl --overwrite
 	$(PY) $(V7) $(DEMO) --log-file $(DEMO_DIR)/v7.jsonl --overwrite
-	$(PY) plot_logs.py $(DEMO_DIR)/v10.jsonl $(DEMO_DIR)/v10_bidirectional.jsonl $(DEMO_DIR)/v7.jsonl
+	$(PY) plot_logs.py $(addprefix $(DEMO_DIR)/,$(DEMO_LOGS))
 	@echo
 	@echo "The tables above and the figures are in $(DEMO_DIR)/figures: begin with losses.png."
 
@@ -69,9 +70,8 @@ plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(if $(LOGS),$(LOGS),$(wildcard logs/*.jsonl)) $(ARGS)
 
 reference: $(READY) ## tables and figures from the reference logs that the README shows
-	$(PY) plot_logs.py logs/reference/demo/v10.jsonl logs/reference/demo/v10_bidirectional.jsonl \
-		logs/reference/demo/v7.jsonl --out logs/reference/demo/figures
-	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl --out logs/reference/wikitext2_start/figures
+	$(PY) plot_logs.py $(addprefix logs/reference/demo/,$(DEMO_LOGS))
+	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl
 
 test: $(DEV)    ## the tests, a few minutes
 	$(PY) -m pytest -q $(ARGS)

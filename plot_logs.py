@@ -30,7 +30,6 @@ class LogError(ValueError):
 
 @dataclass
 class Run:
-    path: Path
     name: str
     settings: dict = field(default_factory=dict)  # the run record; empty in the report's own format
     epochs: list = field(default_factory=list)  # the epoch records, in order
@@ -56,6 +55,11 @@ class Run:
         values = [epoch.get(name) for epoch in self.epochs]
         return None if None in values or len(values) < self.epochs[-1]["epoch"] else sum(values)
 
+    def tokens_per_second(self):
+        """Over the whole of training, None where the log does not say."""
+        tokens, seconds = self.epochs[-1].get("tokens_seen"), self.total("train_sec")
+        return None if None in (tokens, seconds) else tokens / seconds
+
 
 def not_finite(constant):
     raise ValueError(f"{constant} is not JSON")
@@ -76,13 +80,11 @@ def check(record, run):
         value = record.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} should be a number, not {json.dumps(value)}")
-    lists = {"epoch": ("ranks",), "run": ("initial_ranks",)}.get(kind, ())
-    for name in lists:
-        ranks = record.get(name, [] if kind == "run" else None)
-        if not isinstance(ranks, list) or len(ranks) % 6 or not all(type(rank) is int and rank > 0 for rank in ranks):
-            raise ValueError(f"{name} should be a list of ranks, six for each block")
-        if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
-            raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
+    ranks = {"epoch": record.get("ranks"), "run": record.get("initial_ranks", [])}.get(kind, [])
+    if not isinstance(ranks, list) or len(ranks) % 6 or not all(type(rank) is int and rank > 0 for rank in ranks):
+        raise ValueError(f"{'initial_' * (kind == 'run')}ranks should be a list of ranks, six for each block")
+    if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
+        raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
     if kind == "run" and not all(isinstance(layer, dict) and isinstance(layer.get("shape"), list)
                                  and len(layer["shape"]) == 2 and all(type(side) is int for side in layer["shape"])
                                  for layer in record.get("layers", [])):
@@ -94,7 +96,7 @@ def check(record, run):
 
 def read_log(path, name, init_rank):
     """A log -> Run. Raises LogError. A last line that was cut off in the middle is left out, with a warning."""
-    run = Run(path, name)
+    run = Run(name)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -115,7 +117,7 @@ def read_log(path, name, init_rank):
         except ValueError as error:
             raise LogError(f"{path}:{number}: {error}") from None
         if kind == "run":
-            run = Run(path, name, settings=record)
+            run = Run(name, settings=record)
         elif kind == "epoch":
             run.epochs.append(record)
         elif kind == "resume":  # what was logged after the checkpoint was trained again
@@ -187,7 +189,6 @@ def cost_table(run):
     last, layers = run.epochs[-1], run.settings.get("layers")
     start, factors = run.settings.get("parameters"), run.settings.get("factor_parameters")
     dense = sum(m * n for m, n in (layer["shape"] for layer in layers)) if layers else None
-    tokens, train_sec = last.get("tokens_seen"), run.total("train_sec")
     memory = [epoch["peak_memory_mb"] for epoch in run.epochs if epoch.get("peak_memory_mb") is not None]
     seconds = [[name, "", show(run.total(f"{key}_sec"), ",.1f")] for name, key in
                (("seconds in all", "time"), ("seconds of training", "train"), ("seconds of evaluation", "eval"),
@@ -200,7 +201,7 @@ def cost_table(run):
         ["linear layers of a dense model", show(dense), show(dense)],
         ["dense model in all", *[show(None if None in (start, dense) else start - factors + dense)] * 2],
         *seconds,
-        ["training tokens per second", "", show(None if None in (tokens, train_sec) else tokens / train_sec)],
+        ["training tokens per second", "", show(run.tokens_per_second())],
         ["peak memory in MB", "", show(max(memory, default=None))]])
 
 
@@ -209,12 +210,10 @@ def comparison_table(runs):
     for run in runs:
         best, last = min(run.epochs, key=lambda epoch: epoch["val_loss"]), run.epochs[-1]
         attention = {True: f"none: {LEAK}", False: "causal", None: DASH}[run.sees_targets]
-        tokens, seconds = last.get("tokens_seen"), run.total("train_sec")
         rows.append([run.name, attention, show(last.get("rank_avg"), ".1f"),
                      show(millions(last.get("params_millions"))), show(best["val_loss"], ".3f"), str(best["epoch"]),
                      show(math.exp(min(best["val_loss"], 700)), ",.2f"), show(last["val_loss"], ".3f"),
-                     show(run.settings.get("entropy_floor"), ".3f"),
-                     show(None if None in (tokens, seconds) else tokens / seconds)])
+                     show(run.settings.get("entropy_floor"), ".3f"), show(run.tokens_per_second())])
     return markdown(["run", "attention", "mean rank", "parameters", "best val loss", "at epoch", "perplexity",
                      "final val loss", "floor", "tokens/s"], rows)
 

@@ -647,6 +647,10 @@ def train(args, prog, command, linear=None):
         "data_file": data_path.name, "data_sha256": sha256, "log_file": log_path.name,
         "checkpoint": last_path.name, "test_file": args.test_file and Path(args.test_file).name}
     checkpoint = resume_point(args, settings, log_path, last_path, best_path)
+    if checkpoint and checkpoint["state"]["step"] == args.epochs * args.steps_per_epoch and (
+            b'"kind": "end"' in log_path.read_bytes()[checkpoint["log_bytes"]:]):
+        say(f"{log_path} is finished: {args.epochs} epochs. A larger --epochs continues it.")
+        return
 
     # 2) the model, its optimizer and controllers, and a random generator for each use of randomness
     torch.manual_seed(args.seed)
@@ -683,10 +687,6 @@ def train(args, prog, command, linear=None):
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint:
-        later = log_path.read_bytes()[checkpoint["log_bytes"]:]
-        if state["step"] == args.epochs * args.steps_per_epoch and b'"kind": "end"' in later:
-            say(f"{log_path} is finished: {args.epochs} epochs. A larger --epochs continues it.")
-            return
         os.truncate(log_path, checkpoint["log_bytes"])
         done = state["step"] // args.steps_per_epoch
         write_record(log_path, "resume", epoch=done, epochs=args.epochs, command=command)

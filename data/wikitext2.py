@@ -65,14 +65,17 @@ def verify(name, data, source):
 
 
 def fetch_files(source, names):
-    """{name: bytes} from the address of the zip, or from that of the texts with {} for a name. Raises FetchError."""
+    """Yields (name, bytes) from the zip's address, or from that of the texts with {} for a name. Raises FetchError."""
     if source != ZIP:
-        return {name: verify(name, fetch(source.format(name)), source.format(name)) for name in names}
+        for name in names:
+            yield name, verify(name, fetch(source.format(name)), source.format(name))
+        return
     data = fetch(ZIP)
     if hashlib.sha256(data).hexdigest() != ZIP_SHA256:
         raise FetchError(f"{ZIP}: the checksum of what came is wrong")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {name: verify(name, archive.read(f"wikitext-2/wiki.{name}.tokens"), ZIP) for name in names}
+        for name in names:
+            yield name, verify(name, archive.read(f"wikitext-2/wiki.{name}.tokens"), ZIP)
 
 
 def write_whole(path, data):
@@ -96,20 +99,20 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         paths = {name: out / f"wiki.{name}.tokens" for name in FILES}
         missing = [name for name, path in paths.items() if not (path.is_file() and is_right(name, path.read_bytes()))]
-        failures = []
-        for source in (*TEXTS, ZIP) if missing else ():
+        fetched, failures = {}, []
+        for source in (*TEXTS, ZIP):
+            wanted = [name for name in missing if name not in fetched]
             try:
-                for name, data in fetch_files(source, missing).items():
-                    write_whole(paths[name], data)
-                break
+                fetched.update(fetch_files(source, wanted) if wanted else {})
             except FetchError as error:
                 failures.append(str(error))
-        else:
-            if missing:
-                print("wikitext2.py: error: WikiText-2 could not be fetched:\n  " + "\n  ".join(failures)
-                      + f"\nGet the files by other means and put them into {out} as "
-                      + ", ".join(paths[name].name for name in missing), file=sys.stderr)
-                return 1
+        if len(fetched) < len(missing):
+            print("wikitext2.py: error: WikiText-2 could not be fetched:\n  " + "\n  ".join(failures)
+                  + f"\nGet the files by other means and put them into {out} as "
+                  + ", ".join(paths[name].name for name in missing), file=sys.stderr)
+            return 1
+        for name, data in fetched.items():
+            write_whole(paths[name], data)
     except OSError as error:
         print(f"wikitext2.py: error: cannot write {error.filename or out}: {error.strerror}", file=sys.stderr)
         return 2

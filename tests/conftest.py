@@ -1,4 +1,5 @@
 """What the tests share: the scripts on the path, a small text, and a run of a few seconds."""
+import hashlib
 import json
 import random
 import sys
@@ -36,6 +37,13 @@ def text(tmp_path):
     path = tmp_path / "text.tokens"
     path.write_text(" ".join(words + [f"w{i}" for i in range(50)]))
     return path
+
+
+def write_sidecar(text, **change):
+    """The sidecar of a synthetic corpus, as data/synthetic.py writes it beside the text."""
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    sidecar = {"sha256": sha256, "val_fraction": 0.1, "entropy_floor": 3.125} | change
+    text.with_suffix(".json").write_text(json.dumps(sidecar))
 
 
 @pytest.fixture

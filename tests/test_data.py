@@ -1,11 +1,11 @@
 """The data path of v10."""
 import hashlib
-import json
 
 import pytest
 import torch
 
 import v10_transformer_lowrank_scaled as v10
+from conftest import write_sidecar
 
 
 def test_the_vocabulary_is_sorted_and_tokens_index_it(tmp_path):
@@ -51,10 +51,8 @@ def test_unknown_words_become_unk_and_are_an_error_without_it():
 
 @pytest.mark.parametrize("change", [{}, {"sha256": "0"}, {"val_fraction": 0.2}, {"entropy_floor": None}])
 def test_the_entropy_floor_is_taken_only_for_the_same_file_and_split(text, change):
-    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
-    sidecar = {"sha256": sha256, "val_fraction": 0.1, "entropy_floor": 3.5}
-    text.with_suffix(".json").write_text(json.dumps(sidecar | change))
-    assert v10.load_corpus(text, 0.1, 8)[-1] == (None if change else 3.5)
+    write_sidecar(text, **change)
+    assert v10.load_corpus(text, 0.1, 8)[-1] == (None if change else 3.125)
 
 
 def test_a_bare_name_is_looked_for_in_data(tmp_path, monkeypatch):

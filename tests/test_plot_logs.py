@@ -7,7 +7,8 @@ import matplotlib
 import pytest
 
 import plot_logs
-from conftest import RANKS, ROOT
+import v7_transformer_dense_baseline as v7
+from conftest import ROOT, write_sidecar
 
 FINAL = [10, 10, 18, 24, 10, 10, 10, 10, 22, 23, 24, 22, 17, 14, 15, 20, 17, 27, 10, 13, 11, 25, 18, 32, 11, 10, 10, 22,
          13, 27, 9, 10, 11, 23, 14, 26]
@@ -74,7 +75,6 @@ def test_every_fifth_epoch_and_the_last_are_in_table_1(tmp_path, capsys):
 
 
 def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys):
-    import v7_transformer_dense_baseline as v7
     logs = [run(name="v10"), run("--attention", "bidirectional", name="open"), run(name="v7", main=v7.main, ranks=[])]
     capsys.readouterr()
     plot(*logs, "--out", tmp_path / "out")
@@ -115,9 +115,7 @@ def test_runs_on_different_data_are_not_compared_silently(run, text, capsys):
 
 
 def test_the_entropy_floor_is_drawn_and_listed(run, text, capsys):
-    import hashlib
-    text.with_suffix(".json").write_text(json.dumps({
-        "sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "val_fraction": 0.1, "entropy_floor": 3.125}))
+    write_sidecar(text)
     logs = [run(name="a"), run(name="b")]
     capsys.readouterr()
     plot(*logs)
@@ -186,7 +184,7 @@ def test_logs_of_one_name_keep_apart(tmp_path):
 
 
 def test_the_real_command_does_not_import_torch(run, tmp_path):
-    log = run(ranks=RANKS)
+    log = run()
     program = ("import runpy, sys; sys.argv = ['plot_logs.py', sys.argv[1]]\n"
                "try: runpy.run_path('plot_logs.py', run_name='__main__')\n"
                "finally: print('torch' in sys.modules)")

@@ -81,6 +81,13 @@ def test_a_bad_source_is_replaced_by_the_next_one(server, tmp_path, monkeypatch,
     assert server[1][-1] == "/v1.zip"
 
 
+def test_what_a_source_delivered_before_it_failed_is_not_fetched_again(server, tmp_path):
+    server[0].update(texts() | {"/pinned/valid.txt": 404} | texts("main"))
+    assert wikitext2.main(["--out", str(tmp_path)]) == 0
+    assert fetched(tmp_path) == WHOLE
+    assert server[1] == ["/pinned/train.txt", "/pinned/valid.txt", "/main/valid.txt", "/main/test.txt"]
+
+
 @pytest.mark.parametrize("bad", [404, XML, (GOOD["train"][:-9], len(GOOD["train"]))])
 def test_when_every_source_is_bad_it_says_why_and_leaves_no_file(server, tmp_path, monkeypatch, capsys, bad):
     server[0].update(texts() | {"/pinned/train.txt": bad, "/main/train.txt": bad,

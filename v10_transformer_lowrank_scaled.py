@@ -21,6 +21,8 @@ Shapes: B batch, T tokens, C channels (d_model), R rank, V words in the vocabula
 n inputs. Losses are in nats per token.
 """
 import argparse
+import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -28,6 +30,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -35,8 +38,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +107,8 @@ def load_corpus(path, val_fraction, block_size):
 def sample_batch(tokens, batch_size, block_size, generator):
     """Random windows of tokens (N,) -> inputs (B, T), targets (B, T), the same one token later."""
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    windows = tokens[starts.to(tokens.device) + torch.arange(block_size + 1, device=tokens.device)]  # (B, T + 1)
+    starts = starts.to(tokens.device, non_blocking=tokens.is_cuda)
+    windows = tokens[starts + torch.arange(block_size + 1, device=tokens.device)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -268,7 +275,7 @@ class Block(nn.Module):
 
     def attend(self, x):
         B, T, C = x.shape
-        q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2).contiguous()
+        q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))  # (B, heads, T, C / heads)
         causal, mask = self.config.attention == "causal", None
         if causal and q.device.type == "mps" and q.dtype != torch.float32:
@@ -281,6 +288,56 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.drop(self.attend(self.norm_1(x)))
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
+
+
+LOGITS_BYTES = 2**26  # the memory for a tile of logits: small beside the model, and large enough for fast products
+REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross entropy of x W^T + b, for x (N, C), W (V, C), b (V,) and targets (N,), without its N x V logits.
+
+    The logits exist for a tile of tokens at a time, as many as LOGITS_BYTES holds. They become log p, then p - onehot,
+    the gradient, from which those of x, W and b are formed at once; the backward pass only scales them. Without `grad`
+    none of that is done. Products run in `dtype`; probabilities, the loss and sums over tiles stay in W's.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, targets, dtype, grad):
+        N, V = len(x), len(W)
+        tokens = math.ceil(N / math.ceil(N * V * W.element_size() / LOGITS_BYTES))
+        logits, P = (torch.empty(tokens, V, dtype=kind, device=W.device) for kind in (dtype, W.dtype))
+        low_W, loss = W.to(dtype), W.new_zeros(())
+        d_x, d_W, d_b = (torch.zeros_like(p, dtype=W.dtype) for p in (x, W, b)) if grad else (None, None, None)
+        for start in range(0, N, tokens):
+            tile, target = slice(start, start + tokens), targets[start:start + tokens, None]
+            low_x, Z = x[tile].to(dtype), logits[:len(target)]
+            torch.mm(low_x, low_W.T, out=Z).add_(b)  # (n, V)
+            p = torch.log_softmax(Z, 1, dtype=W.dtype, out=P[:len(target)])
+            loss -= p.gather(1, target).sum()
+            if grad:
+                p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
+                d_b += p.sum(0)
+                p = p if p.dtype == dtype else Z.copy_(p)
+                add_product(d_W, p.T, low_x)
+                for word in range(0, V, REDUCTION):
+                    add_product(d_x[tile], p[:, word:word + REDUCTION], low_W[word:word + REDUCTION])
+        ctx.save_for_backward(d_x, d_W, d_b)
+        ctx.N = N
+        return loss / N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        return *(gradient.mul_(scale / ctx.N) for gradient in ctx.saved_tensors), None, None, None
+
+
+def add_product(total, a, b):
+    """total += a b, in the precision of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)  # in one pass
+    else:
+        total += a @ b
 
 
 class GPT(nn.Module):
@@ -305,8 +362,11 @@ class GPT(nn.Module):
             x = self.drop(self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]])  # (B, T, C)
             for block in self.blocks:
                 x = block(x)
-            logits = self.head(self.norm(x)).float()  # (B, T, V)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            x = self.norm(x)
+            if targets is None:
+                return self.head(x).float()  # (B, T, V)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
+                                        torch.bfloat16 if self.bfloat16 else x.dtype, torch.is_grad_enabled())
 
     def linears(self):
         """{name: layer} of the linear layers, block by block, each in the order of PROJECTIONS."""
@@ -387,39 +447,48 @@ NO_UPDATE = {"stable_ranks": [], "stable_ranks_exact": [], "targets": [], "ema":
 def update_ranks(layers, controllers, ema, optimizer, args, generator):
     """Measure each layer; where there are controllers, let them decide, and resize. Updates the list `ema` in place.
 
-    -> (what the log keeps of it, how many layers were resized).
+    -> (what the log keeps of it, how many layers were resized). Process 0 does the work and shares the new factors.
     """
-    factors = [layer.factors() for layer in layers]
-    measured = [stable_rank(U, V, args.power_iterations, generator) for U, V in factors]
-    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": [stable_rank(U, V) for U, V in factors]}
-    if not controllers:
-        return update, 0
-    decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
-                 in zip(controllers, layers, ema, measured, strict=True)]
-    ranks, ema[:], update["targets"], update["reasons"] = map(list, zip(*decisions, strict=True))
-    update["ema"], resized = list(ema), 0
-    for rank, layer, (U, V) in zip(ranks, layers, factors, strict=True):
-        if rank != layer.rank:
-            U, V, *maps = resize_factors(U, V, rank, generator)
-            layer.set_factors(U, V)
-            if args.optimizer_on_resize == "transport":
-                transport_moments(optimizer, layer, *maps)
-            resized += 1
+    update, resized = once(lambda: plan_ranks(layers, controllers, ema, args.power_iterations, generator))
+    if controllers:
+        ema[:] = update["ema"]
+    for i, (U, V, *maps) in resized.items():
+        layers[i].set_factors(U, V)
+        if args.optimizer_on_resize == "transport":
+            transport_moments(optimizer, layers[i], *maps)
     if resized and args.optimizer_on_resize == "reinit":
         optimizer.state.clear()  # report A.2: the state of every parameter is lost
-    return update, resized
+    return update, len(resized)
+
+
+def plan_ranks(layers, controllers, ema, power_iterations, generator):
+    """update_ranks without its effects -> (what the log keeps, {index of a layer: resize_factors' result})."""
+    factors = [layer.factors() for layer in layers]
+    measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors]
+    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": [stable_rank(U, V) for U, V in factors]}
+    if not controllers:
+        return update, {}
+    decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
+                 in zip(controllers, layers, ema, measured, strict=True)]
+    ranks, update["ema"], update["targets"], update["reasons"] = map(list, zip(*decisions, strict=True))
+    return update, {i: resize_factors(*factors[i], rank, generator) for i, rank in enumerate(ranks)
+                    if rank != layers[i].rank}
 
 
 # ---- Log and checkpoints ---------------------------------------------------------------------------------------------
 
 def write_record(path, kind, **fields):
     """Append a line of JSON to the log, written through at once. NaN and Infinity raise ValueError."""
+    if process() > 0:
+        return
     with open(path, "a", encoding="utf-8", newline="\n") as log:
         log.write(json.dumps({"kind": kind, **fields}, allow_nan=False) + "\n")
 
 
 def save(path, content):
     """torch.save that never leaves a half file under `path`."""
+    if process() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -485,15 +554,15 @@ def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0):
 @torch.no_grad()
 def evaluate(model, tokens, batch_size):
     """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
-    be seen by an unmasked model), every token but the first predicted once."""
+    be seen by an unmasked model), every token but the first predicted once. The processes share the batches."""
     T = model.config.block_size
     full = (len(tokens) - 1) // T * T
     batches = list(zip(tokens[:full].view(-1, T).split(batch_size), tokens[1:full + 1].view(-1, T).split(batch_size),
                        strict=True)) + [(tokens[None, full:-1], tokens[None, full + 1:])]
     model.eval()
-    total = sum(model(x, y).item() * y.numel() for x, y in batches if y.numel())
+    losses = [(model(x, y), y.numel()) for x, y in batches[process()::processes()] if y.numel()]
     model.train()
-    return total / (len(tokens) - 1)
+    return sum(gather(sum(loss.item() * n for loss, n in losses))) / (len(tokens) - 1)
 
 
 def perplexity(loss):
@@ -527,7 +596,7 @@ class Progress:
     steps, how long the run will take. `overhead` is the share that evaluation adds to the time of the steps."""
 
     def __init__(self, done, total, overhead):
-        self.bar = tqdm(total=total, initial=done, disable=None, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=done, disable=process() > 0 or None, unit="step", dynamic_ncols=True)
         self.first, self.done, self.total, self.overhead = done, done, total, overhead
         self.began = self.shown = time.monotonic()
 
@@ -555,8 +624,45 @@ class Progress:
 
 
 def say(text):
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    if process() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+# ---- Several processes, started by torchrun --------------------------------------------------------------------------
+
+def processes():
+    """How many processes train this model together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    """The number of this one: 0, which alone writes and speaks, or a higher one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value):
+    """[value in process 0, value in process 1, ...], in every process."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def once(action):
+    """action(), done by process 0 alone -> its result, in every process."""
+    result = [action() if process() == 0 else None]
+    if processes() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def parallel(model):
+    """The model with its gradients averaged over the processes. DistributedDataParallel notes the parameters' shapes
+    when it is made: it has to be dropped before a rank changes (else the next step fails), and made again after (else
+    gradients are no longer averaged, silently)."""
+    gc.collect()  # the hooks of a dropped one
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if processes() > 1 else model
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -580,6 +686,9 @@ def pick_device(args):
         raise UserError(f"--device {name} is not available on this machine: try --device auto")
     native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = ("bfloat16" if native else "float32") if args.dtype == "auto" else args.dtype
+    if name == "cuda":  # each process of a machine takes a GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if processes() > 1 else 0)
+        torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
     return torch.device(name), getattr(torch, dtype)
 
 
@@ -590,14 +699,11 @@ def resume_point(args, settings, log, last, best):
         if found and not args.overwrite:
             raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
                             "--log-file NAME writes elsewhere")
-        for path in found:
-            path.unlink()
         return None
     if not log.exists() and not last.exists():
         raise UserError(f"nothing to resume: there is no {log} and no {last}")
     if not last.exists():
         say(f"{log} has no checkpoint yet: starting over")
-        log.unlink()
         return None
     checkpoint = load(last)
     if "settings" not in checkpoint:
@@ -616,21 +722,35 @@ def resume_point(args, settings, log, last, best):
     return checkpoint
 
 
-def train_step(model, optimizer, x, y, grad_clip):
-    """One optimizer step on inputs and targets (B, T) -> the loss, free of its graph: factors may be replaced next."""
-    loss = model(x, y)
+def default_grad_accum(windows, block_size, device):
+    """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
+    to its caches (faster, and half the memory); elsewhere one, which keeps the device busy."""
+    parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= 2048]
+    return min(parts, default=windows) if device.type == "cpu" else 1
+
+
+def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1):
+    """One optimizer step on inputs and targets (B, T), in grad_accum parts -> the loss, free of its graph: factors may
+    be replaced next. `model` is what parallel() returned."""
+    loss = torch.zeros((), device=x.device)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for i, part in enumerate(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True), start=1):
+        silent = i < grad_accum and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if silent else contextlib.nullcontext():  # one exchange of gradients a step
+            part_loss = model(*part) / grad_accum
+            part_loss.backward()
+        loss += part_loss.detach()
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
-    return loss.detach()
+    return loss
 
 
 def train(args, prog, command, linear=None):
     """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7)."""
     # 1) whatever is wrong with the request is found before any long work
     device, dtype = pick_device(args)
+    args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     log_path = Path(args.log_file)
     last_path = Path(args.checkpoint) if args.checkpoint else log_path.with_suffix(".pt")
     best_path = last_path.with_suffix(".best" + last_path.suffix)
@@ -643,7 +763,8 @@ def train(args, prog, command, linear=None):
     if test is not None and len(test) < 2:
         raise UserError(f"{args.test_file} has {len(test)} words; a test needs 2 or more")
     settings = vars(args) | {
-        "script": prog, "command": command, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+        "script": prog, "command": command, "processes": processes(), "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
         "data_file": data_path.name, "data_sha256": sha256, "log_file": log_path.name,
         "checkpoint": last_path.name, "test_file": args.test_file and Path(args.test_file).name}
     checkpoint = resume_point(args, settings, log_path, last_path, best_path)
@@ -666,28 +787,31 @@ def train(args, prog, command, linear=None):
     controllers = [] if args.fixed_rank else [
         RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
                        min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
-    torch.manual_seed(args.seed + 1)  # from here on the global generators serve dropout only
     batch_generator = torch.Generator().manual_seed(args.seed + 2)
     rank_generator = torch.Generator().manual_seed(args.seed + 3)
+    torch.manual_seed(args.seed + 1 + 1_000_003 * process())  # from here on dropout's: each process has its own
     dropout_rng = torch if device.type == "cpu" else torch.get_device_module(device)
     if checkpoint:
         state = checkpoint["state"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         batch_generator.set_state(checkpoint["generators"]["batch"])
         rank_generator.set_state(checkpoint["generators"]["rank"])
-        dropout_rng.set_rng_state(checkpoint["generators"]["dropout"])
+        dropout_rng.set_rng_state(checkpoint["generators"]["dropout"][process()])
     else:
         state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_epoch": 0, "best_loss": math.inf,
                  "final_loss": None, "ema": [float(rank) for rank in model.ranks()]}
 
     # 3) the leak check, and the log, which begins with a record of the run
-    leak = leak_check(model)
+    leak = max(gather(leak_check(model)), key=lambda leak: leak["max_change"])  # all have seen the files as they were
     if leak["leaks"] and args.attention == "causal":
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    for path in (log_path, last_path, best_path) if process() == 0 and not checkpoint else ():
+        path.unlink(missing_ok=True)
     if checkpoint:
-        os.truncate(log_path, checkpoint["log_bytes"])
+        if process() == 0:
+            os.truncate(log_path, checkpoint["log_bytes"])
         done = state["step"] // args.steps_per_epoch
         write_record(log_path, "resume", epoch=done, epochs=args.epochs, command=command)
     else:
@@ -699,8 +823,9 @@ def train(args, prog, command, linear=None):
                      layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
                      leak_check=leak, entropy_floor=floor)
     say(f"{prog}: {count_parameters(model):,} parameters, {count_parameters(*layers):,} of them in {len(layers)} "
-        f"linear layers; {settings['dtype']} on {device_name(device)}\n"
-        f"{data_path.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
+        f"linear layers; {settings['dtype']} on {device_name(device)}"
+        + f", {processes()} processes" * (processes() > 1) + f", {args.grad_accum} parts a step" * (args.grad_accum > 1)
+        + f"\n{data_path.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
         f"{len(vocabulary):,} words" + (f", entropy floor {floor:.3f}" if floor else ""))
     if leak["leaks"]:
         say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
@@ -709,6 +834,7 @@ def train(args, prog, command, linear=None):
     train_tokens, val_tokens = train_tokens.to(device), val_tokens.to(device)
     steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
+    trained = parallel(model)
     progress = Progress(state["step"], args.epochs * steps, overhead=len(val_tokens) / (3 * tokens_per_epoch))
     for epoch in range(state["step"] // steps + 1, args.epochs + 1):
         start, eval_sec, rank_sec, loss_sum, val_loss = now(device), 0.0, 0.0, 0.0, 0.0
@@ -716,8 +842,9 @@ def train(args, prog, command, linear=None):
         for step in range(state["step"] + 1, epoch * steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args)
-            batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)
-            loss_sum += train_step(model, optimizer, *batch, args.grad_clip)
+            batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)  # the same everywhere
+            share = (part.chunk(processes())[process()] for part in batch)
+            loss_sum += train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum)
             progress.step(lambda: f"loss {loss_sum.item() / (step - (epoch - 1) * steps):.3f}"  # noqa: B023
                           + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
             ends = step == epoch * steps
@@ -725,16 +852,20 @@ def train(args, prog, command, linear=None):
                 paused = now(device)
                 val_loss = evaluate(model, val_tokens, args.batch_size)
                 eval_sec = now(device) - paused
-            if (ends or step % interval == 0) and not math.isfinite(loss_sum.item() + val_loss):
-                raise TrainingError(f"a loss of epoch {epoch} is not finite (training {loss_sum.item()}, validation "
-                                    f"{val_loss}): try a smaller --lr or --grad-clip 1")
+            if ends or step % interval == 0:
+                train_loss = fmean(gather(loss_sum.item())) / steps
+                if not math.isfinite(train_loss + val_loss):
+                    raise TrainingError(f"a loss of epoch {epoch} is not finite (training {train_loss}, validation "
+                                        f"{val_loss}): try a smaller --lr or --grad-clip 1")
             if step % interval == 0:
                 paused = now(device)
+                trained = None
                 update, changed = update_ranks(layers, controllers, state["ema"], optimizer, args, rank_generator)
+                trained = parallel(model)
                 resized, rank_sec = resized + changed, rank_sec + now(device) - paused
                 if not ends:  # the last one of an epoch is in the epoch's record
                     write_record(log_path, "ranks", step=step, **update, ranks=model.ranks(), resized=changed)
-        train_loss, train_sec = loss_sum.item() / steps, now(device) - start - eval_sec - rank_sec
+        train_sec = now(device) - start - eval_sec - rank_sec
         ranks = model.ranks()
         record = {
             "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch, "train_loss": train_loss, "val_loss": val_loss,
@@ -748,7 +879,7 @@ def train(args, prog, command, linear=None):
         write_record(log_path, "epoch", **record)
         state |= {"step": step, "seconds": time.perf_counter() - began, "final_loss": val_loss,
                   "train_seconds": state["train_seconds"] + train_sec}
-        content = model_content(model, vocabulary)
+        content, dropout_states = model_content(model, vocabulary), gather(dropout_rng.get_rng_state())
         if val_loss < state["best_loss"]:
             state |= {"best_loss": val_loss, "best_epoch": epoch}
             save(best_path, content)
@@ -756,7 +887,7 @@ def train(args, prog, command, linear=None):
             "state": state, "settings": settings, "log_bytes": log_path.stat().st_size,
             "optimizer": optimizer.state_dict(), "generators": {
                 "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
-                "dropout": dropout_rng.get_rng_state()}})
+                "dropout": dropout_states}})
         say(f"epoch {epoch:3}/{args.epochs}  train {train_loss:.3f}  val {val_loss:.3f}  ppl {perplexity(val_loss):.1f}"
             + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
             + f"  {record['params_millions']:.2f}M parameters  {record['time_sec']:.1f} s"
@@ -767,10 +898,10 @@ def train(args, prog, command, linear=None):
     end = {"best_epoch": state["best_epoch"], "best_val_loss": state["best_loss"],
            "final_val_loss": state["final_loss"], "test_loss_best": None, "test_loss_last": None}
     if test is not None:
-        best = build_model(load(best_path)).to(device)
+        end["test_loss_last"] = evaluate(model, test, args.batch_size)
+        best = build_model(load(best_path)).to(device)  # evaluation has waited for process 0 and its files
         best.bfloat16 = model.bfloat16
         end["test_loss_best"] = evaluate(best, test, args.batch_size)
-        end["test_loss_last"] = evaluate(model, test, args.batch_size)
     write_record(log_path, "end", **end, total_sec=state["seconds"])
     ranks, memory = model.ranks(), peak_memory_mb(device)
     speed = args.epochs * tokens_per_epoch / state["train_seconds"]
@@ -846,6 +977,8 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--epochs", type=count, default=30, help="epochs in all, those before a --resume included")
     flag("--steps-per-epoch", type=count, default=200, help="optimizer steps an epoch")
     flag("--batch-size", type=count, default=32, help="windows of --block-size tokens a step")
+    flag("--grad-accum", type=count, help="parts that a process takes its windows in: the same step on less memory; by "
+         "default as many as keep a part within 2,048 tokens on a CPU, else 1")
     flag("--lr", type=positive, default=3e-4, help="learning rate")
     flag("--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine falls to 0 at the end")
     flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up")
@@ -870,6 +1003,10 @@ def check(args):
         raise UserError("--resume and --overwrite exclude each other")
     if args.warmup_steps >= args.epochs * args.steps_per_epoch:
         raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the run")
+    parts = processes() * (args.grad_accum or 1)
+    if args.batch_size % parts:
+        raise UserError(f"--batch-size {args.batch_size} cannot be split evenly into {parts} parts "
+                        f"({processes()} processes, --grad-accum {args.grad_accum or 1})")
     if "init_rank" in args:  # there are ranks to control
         side = min(args.d_model, args.d_ff)
         low, high = (1, side) if args.fixed_rank else (args.min_rank, min(args.max_rank or side, side))
@@ -878,21 +1015,40 @@ def check(args):
                             "and the smaller side of the matrices ask")
 
 
+def stop(number, frame):
+    """SIGTERM's handler: as Ctrl-C."""
+    raise KeyboardInterrupt(128 + number)
+
+
 def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_file="logs/v10.jsonl"):
     """Run a command line -> exit code. `linear(n, m)` takes the place of factored layers and rank control (v7)."""
+    def fail(message, code, everywhere=False):  # all processes come to the same error, and one says it
+        if process() == 0 or everywhere:
+            print(f"{prog}: {message}", file=sys.stderr)
+        return code
+
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, stop)
     try:
+        if dist.is_torchelastic_launched():
+            dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
         args = build_parser(prog, linear is None, log_file).parse_args(argv)
         check(args)
         command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         train(args, prog, command, linear)
+        return 0
     except (UserError, TrainingError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; --resume goes on from the last epoch", file=sys.stderr)
-        return 130
-    return 0
+        return fail(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt as error:
+        return fail("interrupted; --resume goes on from the last epoch", *(error.args or [130]))
+    except RuntimeError as error:
+        if processes() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            raise
+        return fail(f"error: process {process()} has lost its connection to another one, which has ended; "
+                    "--resume goes on from the last epoch", 1, everywhere=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

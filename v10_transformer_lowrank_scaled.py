@@ -1022,9 +1022,11 @@ def stop(number, frame):
 
 def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_file="logs/v10.jsonl"):
     """Run a command line -> exit code. `linear(n, m)` takes the place of factored layers and rank control (v7)."""
-    def fail(message, code, everywhere=False):  # all processes come to the same error, and one says it
+    def fail(message, code, everywhere=False):
         if process() == 0 or everywhere:
-            print(f"{prog}: {message}", file=sys.stderr)
+            print(f"{prog}: " + f"process {process()}: " * (processes() > 1) + message, file=sys.stderr)
+        else:  # all come to the same error of the user's; torchrun stops the others once one has ended
+            time.sleep(1)
         return code
 
     argv = sys.argv[1:] if argv is None else argv
@@ -1040,12 +1042,12 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
     except (UserError, TrainingError) as error:
         return fail(f"error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt as error:
-        return fail("interrupted; --resume goes on from the last epoch", *(error.args or [130]))
+        return fail("interrupted; --resume goes on from the last epoch", *(error.args or [130]), everywhere=True)
     except RuntimeError as error:
         if processes() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
-        return fail(f"error: process {process()} has lost its connection to another one, which has ended; "
-                    "--resume goes on from the last epoch", 1, everywhere=True)
+        return fail("error: the connection to another process is lost, which has ended; --resume goes on from the last "
+                    "epoch", 1, everywhere=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""Several processes and several parts a step: the same training as one process and one part."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import v7_transformer_dense_baseline as v7
+import v10_transformer_lowrank_scaled as v10
+from conftest import RANKS, ROOT, SMALL, records, untimed
+
+V10 = ROOT / "v10_transformer_lowrank_scaled.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+RESIZING = ["--epochs", "3", "--rank-interval", "3", "--optimizer-on-resize", "transport"]
+
+
+def assert_same_training(ours, theirs):
+    """The same ranks, exactly; the same losses, to float tolerance."""
+    ours, theirs = ([r for r in records(log) if r["kind"] in ("ranks", "epoch")] for log in (ours, theirs))
+    assert any(record["resized"] for record in ours)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["ranks"] == other["ranks"]
+        assert one["reasons"] == other["reasons"]
+        for loss in ("train_loss", "val_loss") if one["kind"] == "epoch" else ():
+            assert other[loss] == pytest.approx(one[loss], rel=1e-5)
+
+
+def two_processes(text, log, *flags):
+    """Two processes as torchrun starts them, without torchrun, which would end one after the other -> both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+              "OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([sys.executable, V10, "--data-file", text, "--log-file", log, *SMALL, *RANKS, *flags],
+                             env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_is_the_same_step(run, parts):
+    flags = [*RESIZING, "--grad-clip", "0.5"]
+    assert_same_training(run(*flags), run(*flags, "--grad-accum", parts, name="parts"))
+
+
+def test_v7_takes_its_steps_in_parts_too(run):
+    one, parts = (run("--grad-accum", n, name=f"v7_{n}", main=v7.main, ranks=[]) for n in (1, 4))
+    for ours, theirs in zip(records(one, "epoch"), records(parts, "epoch"), strict=True):
+        assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-5)
+
+
+def test_two_processes_train_as_one_does(run, text, tmp_path):
+    (tmp_path / "test.tokens").write_text(text.read_text())
+    flags = [*RESIZING, "--test-file", str(tmp_path / "test.tokens")]
+    command = [*TORCHRUN, V10, "--data-file", text, "--log-file", "two.jsonl", *SMALL, *RANKS, *flags,
+               "--grad-accum", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: 3 epochs") == 1, "more than one process speaks"
+    assert records(tmp_path / "two.jsonl", "run")[0]["processes"] == 2
+    one = run(*flags)
+    assert_same_training(one, tmp_path / "two.jsonl")
+    (ours,), (theirs,) = records(one, "end"), records(tmp_path / "two.jsonl", "end")
+    for name in ("best_val_loss", "test_loss_best", "test_loss_last"):
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+    ours, theirs = (v10.load(path)["model"] for path in (one.with_suffix(".pt"), tmp_path / "two.pt"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on_from_its_last_epoch(text, tmp_path, victim):
+    log = tmp_path / "two.jsonl"
+    flags = ["--dropout", "0.1", "--rank-interval", "3", "--steps-per-epoch", "10"]
+    processes = two_processes(text, log, *flags, "--epochs", "1000")
+    while not log.exists() or len(records(log, "epoch")) < 2:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].communicate()
+    _, said = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 1
+    assert said.count("\n") == 1
+    assert f"process {1 - victim}: error: the connection to another process is lost" in said
+    epochs = str(v10.load(log.with_suffix(".pt"))["state"]["step"] // 10 + 1)
+    for name, more in (("two", ["--resume"]), ("straight", [])):
+        both = two_processes(text, tmp_path / f"{name}.jsonl", *flags, "--epochs", epochs, *more)
+        assert [process.communicate()[1] and process.returncode for process in both] == ["", ""]
+    for kind in ("epoch", "ranks"):
+        assert untimed(log, kind) == untimed(tmp_path / "straight.jsonl", kind)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, text, tmp_path, capsys):
+    run("--grad-accum", 3, code=2)
+    assert "--batch-size 4 cannot be split evenly into 3 parts" in capsys.readouterr().err
+    both = two_processes(text, tmp_path / "log.jsonl", "--batch-size", "5")
+    (_, said), (_, silence) = (process.communicate() for process in both)
+    assert "--batch-size 5 cannot be split evenly into 2 parts" in said
+    assert silence == ""
+    assert [process.returncode for process in both] == [2, 2]
+
+
+@pytest.mark.parametrize(("windows", "block_size", "device", "parts"), [
+    (32, 256, "cpu", 4), (32, 64, "cpu", 1), (33, 256, "cpu", 11), (4, 4096, "cpu", 4), (7, 1024, "cpu", 7),
+    (32, 256, "cuda", 1), (32, 256, "mps", 1)])
+def test_on_a_cpu_a_part_holds_at_most_2048_tokens_where_that_can_be(windows, block_size, device, parts):
+    assert v10.default_grad_accum(windows, block_size, torch.device(device)) == parts

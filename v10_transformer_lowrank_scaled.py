@@ -1038,6 +1038,7 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
         check(args)
         command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         train(args, prog, command, linear)
+        gather("done")  # the processes leave together
         return 0
     except (UserError, TrainingError) as error:
         return fail(f"error: {error}", 2 if isinstance(error, UserError) else 1)
@@ -1050,6 +1051,7 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
                     "epoch", 1, everywhere=True)
     finally:
         if dist.is_initialized():
+            gc.collect()  # what still uses the group
             dist.destroy_process_group()
 
 

@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_does(run, text, tmp_path):
     command = [*TORCHRUN, V10, "--data-file", text, "--log-file", "two.jsonl", *SMALL, *RANKS, *flags,
                "--grad-accum", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done: 3 epochs") == 1, "more than one process speaks"
     assert records(tmp_path / "two.jsonl", "run")[0]["processes"] == 2
     one = run(*flags)

@@ -33,6 +33,7 @@ import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -124,15 +125,18 @@ def stable_rank(U, V, iterations=0, generator=None):
     """
     if iterations == 0:
         core = torch.linalg.qr(U, mode="r").R @ torch.linalg.qr(V.mT, mode="r").R.mT
-        squares = torch.linalg.svdvals(core).square()
-        energy, sigma_squared = squares.sum(), squares[0]
-    else:
-        G_u, G_v = U.mT @ U, V @ V.mT  # (R, R)
-        x = torch.randn(V.shape[1], dtype=V.dtype, generator=generator)
-        for _ in range(iterations):
-            x = F.normalize(V.mT @ (G_u @ (V @ x)), dim=0)  # W^T W x
-        energy, sigma_squared = (G_u * G_v).sum(), (U @ (V @ x)).square().sum()
-    return (energy / sigma_squared).item() if sigma_squared > 0 else 0.0
+        return stable_rank_of(torch.linalg.svdvals(core))
+    G_u, G_v = U.mT @ U, V @ V.mT  # (R, R)
+    x = torch.randn(V.shape[1], dtype=V.dtype, generator=generator)
+    for _ in range(iterations):
+        x = F.normalize(V.mT @ (G_u @ (V @ x)), dim=0)  # W^T W x
+    sigma_squared = (U @ (V @ x)).square().sum()
+    return ((G_u * G_v).sum() / sigma_squared).item() if sigma_squared > 0 else 0.0
+
+
+def stable_rank_of(S):
+    """The stable rank of a matrix with these singular values (R,), descending."""
+    return (S.square().sum() / S[0].square()).item() if S[0] > 0 else 0.0
 
 
 def product_svd(U, V):
@@ -146,8 +150,22 @@ def product_svd(U, V):
     return Q_u @ P, S, Qt @ Q_v.mT
 
 
-def resize_factors(U, V, k, generator):
+def product_svds(factors):
+    """[product_svd(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
+    threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(product_svd, *zip(*factors, strict=True)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def resize_factors(U, V, k, generator, svd=None):
     """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
+
+    `svd` is product_svd's result, where it is known already.
 
     The first `carried` directions come from the old factors, U' = U A and V' = B V; the others are new, and zero in A
     and B. Shrinking keeps the k largest singular values and splits them evenly: U' = P_k S_k^1/2, V' = S_k^1/2 Q_k^T,
@@ -162,7 +180,7 @@ def resize_factors(U, V, k, generator):
     A = B = torch.eye(r, dtype=U.dtype)
     kept_U, kept_V, scale = U, V, V.norm(dim=1).mean()
     if k < r:
-        P, S, Qt = product_svd(U, V)
+        P, S, Qt = svd or product_svd(U, V)
         negligible = 1e-5 * torch.finfo(S.dtype).eps / torch.finfo(torch.float32).eps
         carried = min(k, int((S > negligible * S[0]).sum()))
         P, S, Qt = P[:, :carried], S[:carried], Qt[:carried]
@@ -170,6 +188,8 @@ def resize_factors(U, V, k, generator):
         A, B = V @ kept_V.mT / S, kept_U.mT @ U / S[:, None]
         scale = kept_V.norm(dim=1).mean() if carried else scale
     new = k - carried
+    if not new:
+        return kept_U, kept_V, A, B, carried
     noise = torch.randn(V.shape[1], new, dtype=V.dtype, generator=generator)
     rows = scale * torch.linalg.qr(torch.cat([kept_V.mT, noise], dim=1)).Q[:, carried:].mT  # (new, n)
     return (F.pad(kept_U, (0, new)), torch.cat([kept_V, rows]), F.pad(A, (0, new)), F.pad(B, (0, 0, 0, new)), carried)
@@ -278,9 +298,10 @@ class Block(nn.Module):
         q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))  # (B, heads, T, C / heads)
         causal, mask = self.config.attention == "causal", None
-        if causal and q.device.type == "mps" and q.dtype != torch.float32:
-            # on Metal, half precision with is_causal could see future keys (pytorch#195910)
-            causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        if q.device.type == "mps":  # Metal's attention has been wrong on strided inputs, and in half precision with
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            if causal and q.dtype != torch.float32:  # is_causal could see future keys (pytorch#195910)
+                causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
@@ -465,13 +486,15 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
     """update_ranks without its effects -> (what the log keeps, {index of a layer: resize_factors' result})."""
     factors = [layer.factors() for layer in layers]
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors]
-    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": [stable_rank(U, V) for U, V in factors]}
+    update = NO_UPDATE | {"stable_ranks": measured}
     if not controllers:
-        return update, {}
+        return update | {"stable_ranks_exact": [stable_rank(U, V) for U, V in factors]}, {}
+    svds = product_svds(factors)  # once, for the exact stable rank and for the resize
+    update["stable_ranks_exact"] = [stable_rank_of(S) for _, S, _ in svds]
     decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
                  in zip(controllers, layers, ema, measured, strict=True)]
     ranks, update["ema"], update["targets"], update["reasons"] = map(list, zip(*decisions, strict=True))
-    return update, {i: resize_factors(*factors[i], rank, generator) for i, rank in enumerate(ranks)
+    return update, {i: resize_factors(*factors[i], rank, generator, svds[i]) for i, rank in enumerate(ranks)
                     if rank != layers[i].rank}
 
 
@@ -746,6 +769,15 @@ def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1):
     return loss
 
 
+def compile_blocks(model):
+    """torch.compile for each block, once for all ranks and sequence lengths: a graph with gradients and one without.
+    Dynamo's defaults would compile anew at every rank, and silently stop after eight."""
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
 def train(args, prog, command, linear=None):
     """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7)."""
     # 1) whatever is wrong with the request is found before any long work
@@ -782,6 +814,8 @@ def train(args, prog, command, linear=None):
                            args.block_size, args.attention, args.dropout)
         model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, args.init_rank)))
     model.to(device).bfloat16 = dtype == torch.bfloat16
+    if args.compile:
+        compile_blocks(model)
     layers = list(model.linears().values())
     optimizer = make_optimizer(model, args)
     controllers = [] if args.fixed_rank else [
@@ -802,7 +836,11 @@ def train(args, prog, command, linear=None):
                  "final_loss": None, "ema": [float(rank) for rank in model.ranks()]}
 
     # 3) the leak check, and the log, which begins with a record of the run
-    leak = max(gather(leak_check(model)), key=lambda leak: leak["max_change"])  # all have seen the files as they were
+    try:
+        leak = leak_check(model)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise TrainingError(f"--compile fails on this machine: {str(error).splitlines()[0]}") from None
+    leak = max(gather(leak), key=lambda leak: leak["max_change"])  # all have seen the files as they were
     if leak["leaks"] and args.attention == "causal":
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
@@ -986,6 +1024,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--grad-clip", type=number(float, least=0), default=0.0, help="largest norm of the gradient; 0: no clipping")
     flag("--seed", type=number(int, least=0), default=0, help="of initialisation, batches, dropout and rank estimation")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first one there")
+    flag("--compile", action="store_true", help="torch.compile: a minute or two first, needs a C++ compiler")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA where native")
     flag = parser.add_argument_group("files").add_argument
     flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")

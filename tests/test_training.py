@@ -20,10 +20,11 @@ EPOCH_FIELDS = """kind epoch tokens_seen train_loss val_loss val_ppl lr rank_min
     stable_ranks_exact targets ema reasons resized params_millions factor_params_millions time_sec train_sec eval_sec
     rank_sec tokens_per_sec peak_memory_mb""".split()
 RUN_FIELDS = """data_file val_fraction test_file d_model n_layers n_heads d_ff block_size attention dropout init_rank
-    min_rank max_rank fixed_rank safety_factor ema_decay change_threshold max_step power_iterations rank_interval
-    optimizer_on_resize epochs steps_per_epoch batch_size lr lr_schedule warmup_steps weight_decay grad_clip seed device
-    dtype log_file checkpoint resume overwrite script command versions data_sha256 vocab_size train_tokens val_tokens
-    parameters factor_parameters initial_ranks layers leak_check entropy_floor""".split()
+    min_rank max_rank fixed_rank safety_factor ema_decay change_threshold max_step power_iterations
+    rank_interval optimizer_on_resize epochs steps_per_epoch batch_size grad_accum lr lr_schedule
+    warmup_steps weight_decay grad_clip seed device compile dtype processes log_file checkpoint resume
+    overwrite script command versions data_sha256 vocab_size train_tokens val_tokens parameters
+    factor_parameters initial_ranks layers leak_check entropy_floor""".split()
 RESIZING = ["--rank-interval", 3, "--dropout", 0.1]  # ranks change inside epochs, and every generator is in use
 
 

@@ -1,0 +1,266 @@
+"""Speed and memory of v10 as ratios, measured in one run, in interleaved rounds: make bench.
+
+    python3 bench.py                              the report's size, a quarter of an hour -> logs/bench.json
+    python3 bench.py --show logs/bench.json       the table of earlier results
+
+Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, and beside each one the
+rate of a large matrix product. Medians over the rounds of the ratios are reported, with their range.
+
+The floor of a step is the time of its matrix products at that rate: forward once, backward twice, for the output layer,
+the factors at their rank, and causal attention (half of the T x T scores). Nothing that computes these products one
+after another can be faster; what a step takes beyond it is memory traffic and everything that is not a product.
+
+The literal reading is the report taken word by word: explicit softmax attention, full logits, default AdamW, and a rank
+update through the dense product and a full SVD. It shares v10's model and batches.
+"""
+import argparse
+import gc
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import v7_transformer_dense_baseline as v7
+import v10_transformer_lowrank_scaled as v10
+
+LARGE = 2048  # side of the large matrix product
+
+
+# ---- The literal reading ---------------------------------------------------------------------------------------------
+
+class LiteralBlock(v10.Block):
+    """Attention as softmax(Q K^T / sqrt(d)) V, with the T x T matrix written out and masked."""
+
+    def attend(self, x):
+        B, T, C = x.shape
+        q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        return self.o((scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class LiteralGPT(v10.GPT):
+    """The loss from all logits at once."""
+
+    def forward(self, tokens, targets=None):
+        logits = super().forward(tokens)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def literal_rank_update(factors, rank):
+    """Per layer: W = U V, five power iterations on W and its stable rank, a full SVD of W, new factors from it."""
+    for U, V in factors:
+        W = U @ V
+        x = torch.randn(W.shape[1])
+        for _ in range(5):
+            x = F.normalize(W.T @ (W @ x), dim=0)
+        stable_rank = W.square().sum() / (W @ x).square().sum()
+        P, S, Qt = torch.linalg.svd(W, full_matrices=False)
+        yield stable_rank, P[:, :rank] * S[:rank].sqrt(), S[:rank].sqrt()[:, None] * Qt[:rank]
+
+
+def factor_rank_update(factors, rank, generator):
+    """What v10 does: the report's estimate, the exact value and the resize, these two from one SVD of the factors."""
+    return [(v10.stable_rank(U, V, 5, generator), v10.stable_rank_of(svd[1]),
+             *v10.resize_factors(U, V, rank, generator, svd))
+            for (U, V), svd in zip(factors, v10.product_svds(factors), strict=True)]
+
+
+# ---- What is measured ------------------------------------------------------------------------------------------------
+
+def low_rank(rank):
+    return lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank)
+
+
+def make_step(kind, args):
+    """-> a function that does one training step of `kind`: literal, v7, compiled, or v10 at a rank, as in v10@64."""
+    torch.manual_seed(0)
+    linear = v7.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
+    config = v10.GPTConfig(args.words, args.d_model, args.n_layers, args.n_heads, 4 * args.d_model, args.block_size)
+    parts = v10.default_grad_accum(args.batch_size // v10.processes(), args.block_size, torch.device("cpu"))
+    if kind == "literal":
+        model, parts = LiteralGPT(config, linear), 1
+        for block in model.blocks:
+            block.__class__ = LiteralBlock
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
+    else:
+        model = v10.GPT(config, linear)
+        optimizer = v10.make_optimizer(model, argparse.Namespace(lr=3e-4, weight_decay=0.01))
+    if kind == "compiled":
+        v10.compile_blocks(model)
+    trained, generator = v10.parallel(model), torch.Generator().manual_seed(0)
+    tokens = torch.arange(args.words + args.block_size) % args.words
+
+    def step():
+        batch = v10.sample_batch(tokens, args.batch_size, args.block_size, generator)
+        return v10.train_step(trained, optimizer, *(part.chunk(v10.processes())[v10.process()] for part in batch),
+                              grad_accum=parts)
+    return step
+
+
+def step_flop(args, rank):
+    """Floating-point operations in the products of a training step, by part; a backward pass costs two forward ones."""
+    tokens, C = args.batch_size * args.block_size, args.d_model
+    per_layer = 4 * 2 * C + 2 * 5 * C  # sides of q, k, v, o, up and down, in and out
+    return {"head": 6 * tokens * C * args.words, "factors": 6 * tokens * rank * per_layer * args.n_layers,
+            "attention": 6 * tokens * args.block_size * C * args.n_layers}
+
+
+def seconds(action):
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def product_rate(matrices, least=1.0):
+    """Floating-point operations a second of a large matrix product, kept up for `least` seconds."""
+    count, began = 0, time.perf_counter()
+    while not count or time.perf_counter() - began < least:
+        torch.mm(*matrices[:2], out=matrices[2])
+        count += 1
+    return 2 * LARGE**3 * count / (time.perf_counter() - began)
+
+
+def elsewhere(kind, args, processes=1):
+    """A second step of `kind` in processes of their own -> (its seconds, peak memory of process 0 in MB)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), __file__,
+               *(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name != "compile"),
+               f"--step={kind}"]
+    threads = str(max(1, torch.get_num_threads() // processes))
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True)
+    if done.returncode:
+        raise v10.TrainingError(f"a step of {kind} in {processes} processes failed: {done.stderr.strip()[-200:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def here(kind, args):
+    """elsewhere()'s other end."""
+    dist.init_process_group("gloo")
+    step = make_step(kind, args)
+    step()
+    v10.gather("ready")
+    taken = seconds(step)
+    if v10.process() == 0:
+        print(json.dumps([taken, v10.peak_memory_mb(torch.device("cpu"))]))
+    v10.gather("done")
+    del step
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def measure(args):
+    """-> the results as a dict for JSON."""
+    full, half, quarter = (f"v10@{rank}" for rank in (args.rank, args.rank // 2, args.rank // 4))
+    flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
+    matrices = [torch.randn(LARGE, LARGE) for _ in range(3)]
+    entries = {kind: make_step(kind, args) for kind in (
+        full, half, quarter, "v7", "literal", *["compiled"] * args.compile)}
+    with torch.no_grad():
+        blocks = [v10.Block(v10.GPTConfig(1, args.d_model, d_ff=4 * args.d_model), low_rank(args.rank))
+                  for _ in range(args.n_layers)]
+        layers = [getattr(block, name).factors() for block in blocks for name in v10.PROJECTIONS]
+        large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
+    shrunk = args.rank - min(4, args.rank // 2)
+    entries |= {"update": lambda: factor_rank_update(layers, shrunk, generator),
+                "literal update": lambda: list(literal_rank_update(layers, shrunk)),
+                "large update": lambda: factor_rank_update(large, shrunk, generator)}
+    rounds, memory = [], {}
+    for number in range(args.rounds + 1):  # the first one warms up
+        taken = {"two": elsewhere(full, args, 2)[0]} if number else {}
+        for name, action in entries.items():
+            rate = product_rate(matrices)
+            taken[name] = seconds(action)
+            if name == full:
+                taken["floor"] = 2 * sum(flop.values()) / (rate + product_rate(matrices))
+        print(f"round {number} of {args.rounds}: " + ", ".join(f"{k} {v:.3f} s" for k, v in taken.items()), flush=True)
+        rounds.append(taken)
+    warm = rounds[1:]
+    large_literal = seconds(lambda: list(literal_rank_update(large, shrunk)))  # once: it takes long enough
+    memory = {kind: elsewhere(kind, args)[1] for kind in (full, "v7", "literal")}
+
+    def ratio(a, b, times=1):
+        values = [taken[a] / taken[b] / times for taken in warm]
+        return {"median": median(values), "least": min(values), "most": max(values)}
+    return {
+        "device": v10.device_name(torch.device("cpu")),
+        "torch": torch.__version__, "flop": flop, "seconds": warm, "large_literal_seconds": large_literal,
+        "memory_mb": memory, "measured": {
+            "step time of v10 / floor": ratio(full, "floor"),
+            "step time of the literal reading / v10": ratio("literal", full),
+            "step time of v7 / v10": ratio("v7", full),
+            f"step time of v10 at rank {args.rank // 2} / {args.rank}": ratio(half, full),
+            f"step time of v10 at rank {args.rank // 4} / {args.rank}": ratio(quarter, full),
+            "step time of v10 in one process / in two": ratio(full, "two"),
+            **({"step time of v10 / with --compile": ratio(full, "compiled")} if args.compile else {}),
+            "peak memory of v10 / the literal reading": memory[full] / memory["literal"],
+            "peak memory of v10 / v7": memory[full] / memory["v7"],
+            "time of the literal rank update / v10's": ratio("literal update", "update"),
+            f"the same for one layer of {args.large} x {args.large}":
+                large_literal / median(taken["large update"] for taken in warm),
+            "time of v10's rank update / an epoch of 200 steps": ratio("update", full, times=200)}}
+
+
+def section(results):
+    """The results as Markdown: what was run where, and a table."""
+    def cells(value):
+        numbers = [value] if isinstance(value, float) else [value[name] for name in ("median", "least", "most")]
+        median, *ends = (f"{number:.3%}" if max(numbers) < 0.01 else f"{number:,.{2 * (number < 10)}f}"
+                         for number in numbers)
+        return f"| {median} | {' to '.join(ends) or 'measured once'} |"
+    rows = [f"| {name} {cells(value)}" for name, value in results["measured"].items()]
+    return "\n".join([f"`{results['command']}`, {results['device']}, torch {results['torch']}, medians over "
+                      f"{len(results['seconds'])} rounds:", "", "| ratio | median | range |", "|---|--:|--:|", *rows])
+
+
+def main(argv=None):
+    parser = v10.Parser(prog="bench.py", description="Measures v10's speed and memory as ratios.", allow_abbrev=False,
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for flag, default, text in (
+            ("--rounds", 5, "after the one that warms up"), ("--rank", 64, "of v10's layers"),
+            ("--d-model", 512, "width"), ("--n-layers", 6, "blocks"), ("--n-heads", 8, "attention heads"),
+            ("--block-size", 256, "context length"),
+            ("--batch-size", 32, "windows a step"), ("--words", 33_277, "in the vocabulary"),
+            ("--large", 4096, "side of the one large layer")):
+        parser.add_argument(flag, type=v10.number(int, least=4 if flag == "--rank" else 1), default=default, help=text)
+    parser.add_argument("--compile", action="store_true", help="measure --compile too; takes minutes more")
+    parser.add_argument("--log-file", default="logs/bench.json", help="where the results go, in JSON")
+    parser.add_argument("--show", metavar="FILE", help="only print the table of earlier results")
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # elsewhere()'s
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+        log, show, step = (args.__dict__.pop(name) for name in ("log_file", "show", "step"))
+        if args.d_model % args.n_heads or args.rank > args.d_model or args.batch_size % 2:
+            raise v10.UserError("--d-model must be a multiple of --n-heads, --rank at most --d-model, "
+                                "--batch-size even")
+        if step:
+            here(step, args)
+            return 0
+        if show:
+            results = json.loads(Path(show).read_text())
+        else:
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            Path(log).touch()  # a path that cannot be written is found before the work
+            results = measure(args) | {"command": shlex.join(["python3", "bench.py", *argv])}
+            Path(log).write_text(json.dumps(results, indent=1) + "\n")
+        print(section(results))
+        return 0
+    except (OSError, ValueError, LookupError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+    except v10.TrainingError as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

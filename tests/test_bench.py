@@ -1,0 +1,64 @@
+"""bench.py: it measures what it says, at a small size through its command."""
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+import bench
+from conftest import ROOT
+
+SMALL = {"rank": 6, "d_model": 16, "n_layers": 2, "n_heads": 2, "block_size": 8, "batch_size": 4, "words": 40}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """-> results of the command, what it printed."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    done = subprocess.run([sys.executable, ROOT / "bench.py", *flags, "--rounds", "2", "--large", "64", "--log-file",
+                           "new/bench.json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "new" / "bench.json").read_text()), done.stdout
+
+
+def test_its_table_follows_from_the_seconds_it_wrote(results):
+    found, printed = results
+    assert bench.section(found) in printed
+    assert len(found["seconds"]) == 2
+    for row, a, b in (("step time of v10 / floor", "v10@6", "floor"), ("step time of v7 / v10", "v7", "v10@6"),
+                      ("step time of the literal reading / v10", "literal", "v10@6"),
+                      ("step time of v10 in one process / in two", "v10@6", "two"),
+                      ("time of the literal rank update / v10's", "literal update", "update")):
+        ratios = sorted(taken[a] / taken[b] for taken in found["seconds"])
+        assert list(found["measured"][row].values()) == pytest.approx([sum(ratios) / 2, *ratios])
+
+
+def test_the_literal_reading_computes_the_same_losses_as_v10():
+    literal, ours = (bench.make_step(kind, Namespace(**SMALL)) for kind in ("literal", "v10@6"))
+    for _ in range(3):
+        assert literal().item() == pytest.approx(ours().item(), rel=1e-4)
+
+
+def test_the_literal_rank_update_finds_the_same_factors_as_v10():
+    torch.manual_seed(0)
+    factors = [(torch.randn(30, 8), torch.randn(8, 20))]
+    ((_, U, V),) = bench.literal_rank_update(factors, 5)
+    ((_, _, ours_U, ours_V, *_),) = bench.factor_rank_update(factors, 5, torch.Generator().manual_seed(0))
+    assert torch.allclose(U @ V, ours_U @ ours_V, atol=1e-4)
+
+
+def test_the_floor_counts_the_reports_products():
+    flop = bench.step_flop(Namespace(batch_size=32, block_size=256, d_model=512, n_layers=6, words=33_277), 64)
+    assert {name: round(count / 1e9) for name, count in flop.items()} == {"head": 837, "factors": 174, "attention": 39}
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--show", "nowhere.json"], "No such file"), (["--rank", "3"], "at least 4"), (["--batch-size", "5"], "even"),
+    (["--d-model", "20", "--n-heads", "3"], "multiple"), (["--log-file", "/dev/null/x"], "/dev/null")])
+def test_a_mistake_is_told_in_a_line(flags, message, capsys):
+    assert bench.main(flags) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

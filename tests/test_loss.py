@@ -1,0 +1,87 @@
+"""The loss: what F.linear and F.cross_entropy compute, in tiles; and blocks that are compiled once for all ranks."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import v10_transformer_lowrank_scaled as v10
+from conftest import records
+
+N, C, V = 23, 5, 37
+
+
+def problem(dtype=torch.float64, spread=1.0):
+    torch.manual_seed(0)
+    x, W, b = (torch.randn(*shape, dtype=dtype).mul_(spread).requires_grad_() for shape in ((N, C), (V, C), (V,)))
+    return x, W, b, torch.randint(V, (N,))
+
+
+def ours(x, W, b, targets, dtype=None, grad=True):
+    return v10.LinearCrossEntropy.apply(x, W, b, targets, dtype or x.dtype, grad)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 23, 1000])
+@pytest.mark.parametrize("reduction", [3, 37, 1000])
+def test_loss_and_gradients_are_exact_whatever_the_tiles(monkeypatch, tokens, reduction):
+    monkeypatch.setattr(v10, "LOGITS_BYTES", tokens * V * 8)
+    monkeypatch.setattr(v10, "REDUCTION", reduction)
+    x, W, b, targets = problem()
+    want, got = F.cross_entropy(F.linear(x, W, b), targets), ours(x, W, b, targets)
+    assert got.item() == pytest.approx(want.item(), rel=1e-14)
+    for theirs, mine in zip(torch.autograd.grad(want / 4, (x, W, b)), torch.autograd.grad(got / 4, (x, W, b)),
+                            strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-16)
+
+
+def test_no_tile_holds_more_than_its_bytes(monkeypatch):
+    shapes, product = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, out: shapes.append(tuple(out.shape)) or product(*a, out=out))
+    monkeypatch.setattr(v10, "LOGITS_BYTES", 7 * V * 8)
+    ours(*problem())
+    assert sum(tokens for tokens, _ in shapes) == N
+    assert max(tokens for tokens, _ in shapes) <= 7
+
+
+def test_loss_and_gradients_of_extreme_logits_are_those_of_cross_entropy():
+    x, W, b, targets = problem(torch.float32, spread=100.0)
+    want, got = F.cross_entropy(F.linear(x, W, b), targets), ours(x, W, b, targets)
+    assert want > 1e3
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    for theirs, mine in zip(torch.autograd.grad(want, (x, W, b)), torch.autograd.grad(got, (x, W, b)), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_only_the_products_are_rounded(monkeypatch):
+    monkeypatch.setattr(v10, "LOGITS_BYTES", 7 * V * 4)
+    x, W, b, targets = problem(torch.float32)
+    low = x.detach().bfloat16().requires_grad_()
+    loss = ours(low, W, b, targets, torch.bfloat16)
+    want = F.cross_entropy(F.linear(x, W, b), targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=1e-2)
+    for theirs, mine in zip(torch.autograd.grad(want, (x, W, b)), torch.autograd.grad(loss, (low, W, b)), strict=True):
+        assert F.cosine_similarity(mine.float().flatten(), theirs.flatten(), dim=0) > 0.999
+
+
+def test_evaluation_forms_no_gradient(monkeypatch):
+    monkeypatch.setattr(v10, "add_product", lambda *_: pytest.fail("a gradient is formed"))
+    model = v10.GPT(v10.GPTConfig(V, 8, 1, 2, 16, 6), lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3))
+    tokens = torch.randint(V, (50,))
+    assert v10.evaluate(model, tokens, 2) == pytest.approx(torch.tensor(V).log().item(), rel=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo itself looks at it
+def test_ranks_change_and_nothing_is_compiled_again(run, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+    compile_block = v10.Block.compile
+    monkeypatch.setattr(v10.Block, "compile", lambda self, **how: compile_block(self, backend=backend, **how))
+    torch.compiler.reset()
+    compiled, plain = run("--compile", "--epochs", 4, name="compiled"), run("--epochs", 4)
+    assert sum(record["resized"] for record in records(compiled, "epoch")) > 12
+    assert sorted(graphs) in ([False, True], [False, False, True, True]), "more than a graph a mode"
+    for one, other in zip(records(plain, "epoch"), records(compiled, "epoch"), strict=True):
+        assert other["ranks"] == one["ranks"]
+        assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)

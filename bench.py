@@ -3,8 +3,8 @@
     python3 bench.py                              the report's size, a quarter of an hour -> logs/bench.json
     python3 bench.py --show logs/bench.json       the table of earlier results
 
-Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, and beside each one the
-rate of a large matrix product. Medians over the rounds of the ratios are reported, with their range.
+Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, and the rate of a large
+matrix product before and after v10's step. Reported are medians over the rounds of the ratios, with their range.
 
 The floor of a step is the time of its matrix products at that rate: forward once, backward twice, for the output layer,
 the factors at their rank, and causal attention (half of the T x T scores). Nothing that computes these products one
@@ -14,7 +14,6 @@ The literal reading is the report taken word by word: explicit softmax attention
 update through the dense product and a full SVD. It shares v10's model and batches.
 """
 import argparse
-import gc
 import json
 import math
 import os
@@ -121,7 +120,7 @@ def seconds(action):
     return time.perf_counter() - began
 
 
-def product_rate(matrices, least=1.0):
+def product_rate(matrices, least=2.0):
     """Floating-point operations a second of a large matrix product, kept up for `least` seconds."""
     count, began = 0, time.perf_counter()
     while not count or time.perf_counter() - began < least:
@@ -132,7 +131,8 @@ def product_rate(matrices, least=1.0):
 
 def elsewhere(kind, args, processes=1):
     """A second step of `kind` in processes of their own -> (its seconds, peak memory of process 0 in MB)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), __file__,
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *torchrun, __file__,
                *(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name != "compile"),
                f"--step={kind}"]
     threads = str(max(1, torch.get_num_threads() // processes))
@@ -144,7 +144,8 @@ def elsewhere(kind, args, processes=1):
 
 def here(kind, args):
     """elsewhere()'s other end."""
-    dist.init_process_group("gloo")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
     step = make_step(kind, args)
     step()
     v10.gather("ready")
@@ -152,9 +153,8 @@ def here(kind, args):
     if v10.process() == 0:
         print(json.dumps([taken, v10.peak_memory_mb(torch.device("cpu"))]))
     v10.gather("done")
-    del step
-    gc.collect()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def measure(args):
@@ -176,11 +176,10 @@ def measure(args):
     rounds, memory = [], {}
     for number in range(args.rounds + 1):  # the first one warms up
         taken = {"two": elsewhere(full, args, 2)[0]} if number else {}
-        for name, action in entries.items():
-            rate = product_rate(matrices)
-            taken[name] = seconds(action)
-            if name == full:
-                taken["floor"] = 2 * sum(flop.values()) / (rate + product_rate(matrices))
+        rate = product_rate(matrices)
+        taken[full] = seconds(entries[full])
+        taken["floor"] = 2 * sum(flop.values()) / (rate + product_rate(matrices))
+        taken |= {name: seconds(action) for name, action in entries.items() if name != full}
         print(f"round {number} of {args.rounds}: " + ", ".join(f"{k} {v:.3f} s" for k, v in taken.items()), flush=True)
         rounds.append(taken)
     warm = rounds[1:]
@@ -263,4 +262,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    v10.leave(main())

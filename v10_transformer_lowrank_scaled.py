@@ -485,12 +485,12 @@ def update_ranks(layers, controllers, ema, optimizer, args, generator):
 def plan_ranks(layers, controllers, ema, power_iterations, generator):
     """update_ranks without its effects -> (what the log keeps, {index of a layer: resize_factors' result})."""
     factors = [layer.factors() for layer in layers]
-    measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors]
-    update = NO_UPDATE | {"stable_ranks": measured}
+    svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
+    exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
+    measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
+    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": exact}
     if not controllers:
-        return update | {"stable_ranks_exact": [stable_rank(U, V) for U, V in factors]}, {}
-    svds = product_svds(factors)  # once, for the exact stable rank and for the resize
-    update["stable_ranks_exact"] = [stable_rank_of(S) for _, S, _ in svds]
+        return update, {}
     decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
                  in zip(controllers, layers, ema, measured, strict=True)]
     ranks, update["ema"], update["targets"], update["reasons"] = map(list, zip(*decisions, strict=True))
@@ -678,6 +678,16 @@ def once(action):
     if processes() > 1:
         dist.broadcast_object_list(result)
     return result[0]
+
+
+def leave(code):
+    """sys.exit(code). One of several processes skips the interpreter's own end: DistributedDataParallel keeps gloo's
+    threads alive past destroy_process_group, and one that lets go of a tensor only then aborts (pytorch#179291)."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parallel(model):
@@ -1077,7 +1087,7 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
         check(args)
         command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         train(args, prog, command, linear)
-        gather("done")  # the processes leave together
+        gather("done")  # the processes end together
         return 0
     except (UserError, TrainingError) as error:
         return fail(f"error: {error}", 2 if isinstance(error, UserError) else 1)
@@ -1090,9 +1100,8 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
                     "epoch", 1, everywhere=True)
     finally:
         if dist.is_initialized():
-            gc.collect()  # what still uses the group
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

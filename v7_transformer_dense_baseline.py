@@ -7,8 +7,6 @@ the dense matrices, and its factor parameters are theirs.
     python3 v7_transformer_dense_baseline.py                 the report's configuration, causal
     python3 v7_transformer_dense_baseline.py --help          v10's flags but those that control ranks
 """
-import sys
-
 import torch
 import torch.nn as nn
 
@@ -38,4 +36,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    v10.leave(main())

@@ -92,6 +92,7 @@ def make_step(kind, args):
             block.__class__ = LiteralBlock
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     else:
+        v10.keep_freed_memory()
         model = v10.GPT(config, linear)
         optimizer = v10.make_optimizer(model, argparse.Namespace(lr=3e-4, weight_decay=0.01))
     if kind == "compiled":

@@ -22,6 +22,7 @@ n inputs. Losses are in nats per token.
 """
 import argparse
 import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -237,6 +238,14 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
         return dense
 
 
+def side_by_side(layers, x):
+    """[layer(x) for each layer]. Factored ones share the product with V: one wide product beats thin ones."""
+    if not all(isinstance(layer, LowRankLinearAdaptiveSpectral) for layer in layers):
+        return [layer(x) for layer in layers]
+    h = F.linear(x, torch.cat([layer.V for layer in layers])).split([layer.rank for layer in layers], dim=-1)
+    return [F.linear(part, layer.U) for part, layer in zip(h, layers, strict=True)]  # (..., R) -> (..., m)
+
+
 # ---- The rank controller ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -295,8 +304,8 @@ class Block(nn.Module):
 
     def attend(self, x):
         B, T, C = x.shape
-        q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2)
-                   for layer in (self.q, self.k, self.v))  # (B, heads, T, C / heads)
+        q, k, v = (y.view(B, T, self.config.n_heads, -1).transpose(1, 2)
+                   for y in side_by_side((self.q, self.k, self.v), x))  # (B, heads, T, C / heads)
         causal, mask = self.config.attention == "causal", None
         if q.device.type == "mps":  # Metal's attention has been wrong on strided inputs, and in half precision with
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -327,7 +336,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, W, b, targets, dtype, grad):
         N, V = len(x), len(W)
         tokens = math.ceil(N / math.ceil(N * V * W.element_size() / LOGITS_BYTES))
-        logits, P = (torch.empty(tokens, V, dtype=kind, device=W.device) for kind in (dtype, W.dtype))
+        logits = P = torch.empty(tokens, V, dtype=dtype, device=W.device)
+        if W.device.type != "cpu" or dtype != W.dtype:  # only the CPU's log_softmax is sure to work in place
+            P = torch.empty_like(logits, dtype=W.dtype)
         low_W, loss = W.to(dtype), W.new_zeros(())
         d_x, d_W, d_b = (torch.zeros_like(p, dtype=W.dtype) for p in (x, W, b)) if grad else (None, None, None)
         for start in range(0, N, tokens):
@@ -338,7 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss -= p.gather(1, target).sum()
             if grad:
                 p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
-                d_b += p.sum(0)
+                d_b.addmv_(p.T, p.new_ones(len(p)))  # their sum, twice as fast
                 p = p if p.dtype == dtype else Z.copy_(p)
                 add_product(d_W, p.T, low_x)
                 for word in range(0, V, REDUCTION):
@@ -711,6 +722,13 @@ def find_data(name):
     return path
 
 
+def keep_freed_memory():
+    """Let glibc reuse the large blocks of a step; it would return each to the system, which clears it page by page."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, size in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
+
+
 def pick_device(args):
     """Resolve --device auto and --dtype auto -> (torch.device, torch.dtype)."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -722,6 +740,8 @@ def pick_device(args):
     if name == "cuda":  # each process of a machine takes a GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if processes() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name), getattr(torch, dtype)
 
 

@@ -1103,6 +1103,7 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
     try:
         if dist.is_torchelastic_launched():
             dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+            gather("connected")  # before that, the end of one would look like a crash to the others
         args = build_parser(prog, linear is None, log_file).parse_args(argv)
         check(args)
         command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths

@@ -340,7 +340,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if W.device.type != "cpu" or dtype != W.dtype:  # only the CPU's log_softmax is sure to work in place
             P = torch.empty_like(logits, dtype=W.dtype)
         low_W, loss = W.to(dtype), W.new_zeros(())
-        d_x, d_W, d_b = (torch.zeros_like(p, dtype=W.dtype) for p in (x, W, b)) if grad else (None, None, None)
+        d_x, d_W, d_b = (torch.empty_like(p, dtype=W.dtype) for p in (x, W, b)) if grad else (None, None, None)
         for start in range(0, N, tokens):
             tile, target = slice(start, start + tokens), targets[start:start + tokens, None]
             low_x, Z = x[tile].to(dtype), logits[:len(target)]
@@ -349,11 +349,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss -= p.gather(1, target).sum()
             if grad:
                 p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
-                d_b.addmv_(p.T, p.new_ones(len(p)))  # their sum, twice as fast
+                d_b.addmv_(p.T, p.new_ones(len(p)), beta=float(start > 0))  # their sum, twice as fast
                 p = p if p.dtype == dtype else Z.copy_(p)
-                add_product(d_W, p.T, low_x)
+                add_product(d_W, p.T, low_x, first=start == 0)
                 for word in range(0, V, REDUCTION):
-                    add_product(d_x[tile], p[:, word:word + REDUCTION], low_W[word:word + REDUCTION])
+                    add_product(d_x[tile], p[:, word:word + REDUCTION], low_W[word:word + REDUCTION], first=word == 0)
         ctx.save_for_backward(d_x, d_W, d_b)
         ctx.N = N
         return loss / N
@@ -364,12 +364,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(gradient.mul_(scale / ctx.N) for gradient in ctx.saved_tensors), None, None, None
 
 
-def add_product(total, a, b):
-    """total += a b, in the precision of total."""
+def add_product(total, a, b, first):
+    """total += a b in the precision of total, which at the `first` product holds nothing yet."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)  # in one pass
+        total.addmm_(a, b, beta=float(not first))  # in one pass
     else:
-        total += a @ b
+        total.copy_(a @ b) if first else total.add_(a @ b)
 
 
 class GPT(nn.Module):

@@ -3,17 +3,18 @@
     python3 bench.py                              the report's size, a quarter of an hour -> logs/bench.json
     python3 bench.py --show logs/bench.json       the table of earlier results
 
-Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, and the rate of a large
-matrix product before and after v10's step. Reported are medians over the rounds of the ratios, with their range.
+Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, between two of v10's
+steps, and each ratio is one of neighbours in time. Reported are medians over the rounds, with their range.
 
-The floor of a step is the time of its matrix products at that rate: forward once, backward twice, for the output layer,
-the factors at their rank, and causal attention (half of the T x T scores). Nothing that computes these products one
-after another can be faster; what a step takes beyond it is memory traffic and everything that is not a product.
+The floor of a step is the time of its matrix products at the rate of a large one: forward once, backward twice, for the
+output layer, the factors at their rank, and causal attention (half of the T x T scores). Nothing that computes these
+products one after another can be faster; what a step takes beyond it is memory traffic and all that is no product.
 
 The literal reading is the report taken word by word: explicit softmax attention, full logits, default AdamW, and a rank
 update through the dense product and a full SVD. It shares v10's model and batches.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -123,7 +124,7 @@ def seconds(action, times=1):
     return (time.perf_counter() - began) / times
 
 
-def product_rate(matrices, least=2.0):
+def product_rate(matrices, least=3.0):
     """Floating-point operations a second of a large matrix product, kept up for `least` seconds."""
     count, began = 0, time.perf_counter()
     while not count or time.perf_counter() - began < least:
@@ -165,52 +166,65 @@ def measure(args):
     full, half, quarter = (f"v10@{rank}" for rank in (args.rank, args.rank // 2, args.rank // 4))
     flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
     matrices = [torch.randn(LARGE, LARGE) for _ in range(3)]
-    entries = {kind: make_step(kind, args) for kind in (
-        full, half, quarter, "v7", "literal", *["compiled"] * args.compile)}
     with torch.no_grad():
         blocks = [v10.Block(v10.GPTConfig(1, args.d_model, d_ff=4 * args.d_model), low_rank(args.rank))
                   for _ in range(args.n_layers)]
         layers = [getattr(block, name).factors() for block in blocks for name in v10.PROJECTIONS]
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
-    entries |= {"update": lambda: factor_rank_update(layers, shrunk, generator),
-                "literal update": lambda: list(literal_rank_update(layers, shrunk)),
-                "large update": lambda: factor_rank_update(large, shrunk, generator)}
-    rounds, memory = [], {}
+    step = make_step(full, args)
+    entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices), "two": lambda: elsewhere(full, args, 2)[0]}
+    for kind in (half, quarter, "v7", "literal", *["compiled"] * args.compile):
+        entries[kind] = functools.partial(seconds, make_step(kind, args))
+    rounds = []
     for number in range(args.rounds + 1):  # the first one warms up
-        taken = {"two": elsewhere(full, args, 2)[0]} if number else {}
-        entries[full]()  # warms up again: a step right after other processes is slower than the next one
-        rate = product_rate(matrices)
-        taken[full] = seconds(entries[full])
-        taken["floor"] = 2 * sum(flop.values()) / (rate + product_rate(matrices))
-        taken |= {name: seconds(action, times=10 if name in ("update", "large update") else 1)  # what is short, often
-                  for name, action in entries.items() if name != full}
-        print(f"round {number} of {args.rounds}: " + ", ".join(f"{k} {v:.3f} s" for k, v in taken.items()), flush=True)
+        taken, before = {}, seconds(step)
+        for name, timed in entries.items():
+            value = timed()
+            if name == "two":
+                step()  # not measured: right after other processes it is slower than the next one
+            after = seconds(step)
+            taken[name] = {"seconds": value, "v10": (before + after) / 2}
+            before = after
+        taken |= {"update": seconds(lambda: factor_rank_update(layers, shrunk, generator), times=10),  # short: often
+                  "literal update": seconds(lambda: list(literal_rank_update(layers, shrunk))),
+                  "large update": seconds(lambda: factor_rank_update(large, shrunk, generator), times=10),
+                  "v10": before}
         rounds.append(taken)
+        print(f"round {number} of {args.rounds}: " + ", ".join(
+            "{} {seconds:.3f} s, v10 {v10:.3f} s".format(name, **value) if isinstance(value, dict) else
+            f"{name} {value:.3f} s" for name, value in taken.items()), flush=True)
     warm = rounds[1:]
     large_literal = seconds(lambda: list(literal_rank_update(large, shrunk)))  # once: it takes long enough
     memory = {kind: elsewhere(kind, args)[1] for kind in (full, "v7", "literal")}
 
-    def ratio(a, b, times=1):
-        values = [taken[a] / taken[b] / times for taken in warm]
+    def middle(values):
         return {"median": median(values), "least": min(values), "most": max(values)}
+
+    def over_v10(name):
+        return middle([taken[name]["seconds"] / taken[name]["v10"] for taken in warm])
+
+    def v10_over(name):
+        return middle([taken[name]["v10"] / taken[name]["seconds"] for taken in warm])
     return {
         "device": v10.device_name(torch.device("cpu")),
-        "torch": torch.__version__, "flop": flop, "seconds": warm, "large_literal_seconds": large_literal,
+        "torch": torch.__version__, "flop": flop, "rounds": warm, "large_literal_seconds": large_literal,
         "memory_mb": memory, "measured": {
-            "step time of v10 / floor": ratio(full, "floor"),
-            "step time of the literal reading / v10": ratio("literal", full),
-            "step time of v7 / v10": ratio("v7", full),
-            f"step time of v10 at rank {args.rank // 2} / {args.rank}": ratio(half, full),
-            f"step time of v10 at rank {args.rank // 4} / {args.rank}": ratio(quarter, full),
-            "step time of v10 in one process / in two": ratio(full, "two"),
-            **({"step time of v10 / with --compile": ratio(full, "compiled")} if args.compile else {}),
+            "step time of v10 / floor": v10_over("floor"),
+            "step time of the literal reading / v10": over_v10("literal"),
+            "step time of v7 / v10": over_v10("v7"),
+            f"step time of v10 at rank {args.rank // 2} / {args.rank}": over_v10(half),
+            f"step time of v10 at rank {args.rank // 4} / {args.rank}": over_v10(quarter),
+            "step time of v10 in one process / in two": v10_over("two"),
+            **({"step time of v10 / with --compile": v10_over("compiled")} if args.compile else {}),
             "peak memory of v10 / the literal reading": memory[full] / memory["literal"],
             "peak memory of v10 / v7": memory[full] / memory["v7"],
-            "time of the literal rank update / v10's": ratio("literal update", "update"),
+            "time of the literal rank update / v10's": middle(
+                [taken["literal update"] / taken["update"] for taken in warm]),
             f"the same for one layer of {args.large} x {args.large}":
                 large_literal / median(taken["large update"] for taken in warm),
-            "time of v10's rank update / an epoch of 200 steps": ratio("update", full, times=200)}}
+            "time of v10's rank update / an epoch of 200 steps": middle(
+                [taken["update"] / taken["v10"] / 200 for taken in warm])}}
 
 
 def section(results):
@@ -222,7 +236,7 @@ def section(results):
         return f"| {median} | {' to '.join(ends) or 'measured once'} |"
     rows = [f"| {name} {cells(value)}" for name, value in results["measured"].items()]
     return "\n".join([f"`{results['command']}`, {results['device']}, torch {results['torch']}, medians over "
-                      f"{len(results['seconds'])} rounds:", "", "| ratio | median | range |", "|---|--:|--:|", *rows])
+                      f"{len(results['rounds'])} rounds:", "", "| ratio | median | range |", "|---|--:|--:|", *rows])
 
 
 def main(argv=None):

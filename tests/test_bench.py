@@ -26,13 +26,18 @@ def results(tmp_path):
 def test_its_table_follows_from_the_seconds_it_wrote(results):
     found, printed = results
     assert bench.section(found) in printed
-    assert len(found["seconds"]) == 2
-    for row, a, b in (("step time of v10 / floor", "v10@6", "floor"), ("step time of v7 / v10", "v7", "v10@6"),
-                      ("step time of the literal reading / v10", "literal", "v10@6"),
-                      ("step time of v10 in one process / in two", "v10@6", "two"),
-                      ("time of the literal rank update / v10's", "literal update", "update")):
-        ratios = sorted(taken[a] / taken[b] for taken in found["seconds"])
+    assert len(found["rounds"]) == 2
+    for row, name, over_v10 in (
+            ("step time of v10 / floor", "floor", False), ("step time of v7 / v10", "v7", True),
+            ("step time of the literal reading / v10", "literal", True),
+            ("step time of v10 at rank 3 / 6", "v10@3", True),
+            ("step time of v10 in one process / in two", "two", False)):
+        ratios = sorted((taken[name]["seconds"] / taken[name]["v10"]) ** (1 if over_v10 else -1)
+                        for taken in found["rounds"])
         assert list(found["measured"][row].values()) == pytest.approx([sum(ratios) / 2, *ratios])
+    updates = sorted(taken["literal update"] / taken["update"] for taken in found["rounds"])
+    assert list(found["measured"]["time of the literal rank update / v10's"].values()) == pytest.approx(
+        [sum(updates) / 2, *updates])
 
 
 def test_the_literal_reading_computes_the_same_losses_as_v10():

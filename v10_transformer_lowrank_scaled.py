@@ -320,14 +320,14 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
 
 
-LOGITS_BYTES = 2**26  # the memory for a tile of logits: small beside the model, and large enough for fast products
+LOGITS_BYTES = 10**8  # the memory for a tile of logits: small beside the model, and large enough for fast products
 REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The mean cross entropy of x W^T + b, for x (N, C), W (V, C), b (V,) and targets (N,), without its N x V logits.
 
-    The logits exist for a tile of tokens at a time, as many as LOGITS_BYTES holds. They become log p, then p - onehot,
+    The logits exist for a tile of tokens at a time, as many as fit in LOGITS_BYTES. They become log p, then p - onehot,
     the gradient, from which those of x, W and b are formed at once; the backward pass only scales them. Without `grad`
     none of that is done. Products run in `dtype`; probabilities, the loss and sums over tiles stay in W's.
     """
@@ -335,7 +335,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, targets, dtype, grad):
         N, V = len(x), len(W)
-        tokens = math.ceil(N / math.ceil(N * V * W.element_size() / LOGITS_BYTES))
+        tokens = LOGITS_BYTES // (V * W.element_size())
+        tokens = min(N, 1 << max(tokens.bit_length() - 1, 0))  # a power of two: odd sizes make slower products
         logits = P = torch.empty(tokens, V, dtype=dtype, device=W.device)
         if W.device.type != "cpu" or dtype != W.dtype:  # only the CPU's log_softmax is sure to work in place
             P = torch.empty_like(logits, dtype=W.dtype)

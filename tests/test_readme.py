@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import bench
 import plot_logs
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records
@@ -52,6 +53,10 @@ def test_the_controller_replays_the_reference_logs():
         assert all(logged == replayed for logged, replayed in replay(log))
 
 
+def test_its_speed_is_what_bench_measured():
+    assert bench.section(json.loads((DEMO.parent / "bench.json").read_text())) in README
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
 def test_every_make_command_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
@@ -59,7 +64,8 @@ def test_every_make_command_exists(target):
 
 def test_every_flag_exists():
     known = v10.build_parser("v10").format_help()
-    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+", README)):
+    torchrun = {"--nproc-per-node"}
+    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+", README)) - torchrun:
         assert flag in known, flag
 
 

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_DATA = "wiki.train.tokens"
-FORMAT = "alrt-checkpoint-1"
+FORMAT = "alrt-checkpoint-2"
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the linear layers of a block, in the order of every list in the log
 
 
@@ -201,12 +201,13 @@ def resize_factors(U, V, k, generator, svd=None):
 class LowRankLinearAdaptiveSpectral(nn.Module):
     """x (..., n) -> x V^T U^T (..., m), without bias (report 2.1). The rank is U's width and is stored nowhere else.
 
-    At initialisation U ~ N(0, 1/m) and V ~ N(0, 1/n) (variances).
+    At initialisation U ~ N(0, 1/m) and V ~ N(0, 1/n) (variances). U lies in memory column by column: its products, and
+    above all that of its gradient, are faster so.
     """
 
     def __init__(self, in_features, out_features, rank):
         super().__init__()
-        self.U = nn.Parameter(torch.randn(out_features, rank) / math.sqrt(out_features))  # (m, R)
+        self.U = nn.Parameter(by_columns(torch.randn(out_features, rank) / math.sqrt(out_features)))  # (m, R)
         self.V = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))  # (R, n)
 
     @property
@@ -227,8 +228,8 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
 
     def set_factors(self, U, V):
         """Replace both factors. The Parameters stay the same objects, so no optimizer group has to change."""
-        for parameter, value in ((self.U, U), (self.V, V)):
-            parameter.data = value.to(parameter.device).contiguous()
+        for parameter, value in ((self.U, by_columns(U)), (self.V, V.contiguous())):
+            parameter.data = value.to(parameter.device)
             parameter.grad = None
 
     def to_dense(self):
@@ -236,6 +237,11 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
         dense = nn.Linear(self.shape[1], self.shape[0], bias=False, device=self.U.device)
         dense.weight.data = (self.U @ self.V).detach()
         return dense
+
+
+def by_columns(matrix):
+    """The same matrix, in memory column by column."""
+    return matrix.T.contiguous().T
 
 
 def side_by_side(layers, x):
@@ -320,7 +326,7 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
 
 
-LOGITS_BYTES = 10**8  # the memory for a tile of logits: small beside the model, and large enough for fast products
+LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
@@ -456,12 +462,13 @@ def learning_rate(step, args):
 
 
 def transport_moments(optimizer, layer, A, B, carried):
-    """Carry AdamW's moments of a layer's factors through a resize; A, B and carried are resize_factors'.
+    """Carry AdamW's moments to the factors that a layer has been given; A, B and carried are resize_factors'.
 
     With G = dL/dW, dL/dU = G V^T and dL/dV = U^T G. For U' = U A and V' = B V these become (dL/dU) B^T and A^T (dL/dV),
     so m_U' = m_U B^T and m_V' = A^T m_V are exact first moments for the same history of G. Second moments have no exact
     rule; mapping them by the squared entries of A and B is a heuristic. A new direction gets first moment zero and the
     mean second moment of the others: under an old step count, zeros would make Adam's first steps several times lr.
+    Fused AdamW asks that moments lie in memory as their parameter does, and would mix them up without a word.
     """
     for parameter, carry, dim in ((layer.U, lambda moment, power: moment @ B.pow(power).mT, 1),
                                   (layer.V, lambda moment, power: A.pow(power).mT @ moment, 0)):
@@ -471,7 +478,8 @@ def transport_moments(optimizer, layer, A, B, carried):
             first, second = carry(state["exp_avg"].cpu(), 1), carry(old, 2)
             known = second.narrow(dim, 0, carried) if carried else old
             second.narrow(dim, carried, second.shape[dim] - carried).copy_(known.mean(dim, keepdim=True))
-            state["exp_avg"], state["exp_avg_sq"] = (m.to(parameter.device).contiguous() for m in (first, second))
+            state["exp_avg"], state["exp_avg_sq"] = (torch.empty_like(parameter, requires_grad=False).copy_(moment)
+                                                     for moment in (first, second))
 
 
 NO_UPDATE = {"stable_ranks": [], "stable_ranks_exact": [], "targets": [], "ema": [], "reasons": []}

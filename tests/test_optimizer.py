@@ -51,6 +51,7 @@ def test_second_moments_are_mapped_by_squares():
     feed(layer, optimizer, history(30, 40))
     old_U, old_V = (moment.clone() for moment in moments(layer, optimizer, "exp_avg_sq"))
     U, V, A, B, carried = v10.resize_factors(*layer.factors(), 7, torch.Generator())
+    layer.set_factors(U, V)
     v10.transport_moments(optimizer, layer, A, B, carried)
     new_U, new_V = moments(layer, optimizer, "exp_avg_sq")
     assert torch.allclose(new_U, old_U @ (B * B).T, rtol=1e-12, atol=0)
@@ -117,6 +118,28 @@ def test_a_resize_drops_all_state_or_keeps_that_of_untouched_layers(choice):
     assert set(optimizer.param_groups[0]["params"]) == {p for module in [*layers, other] for p in module.parameters()}
     sum(layer(torch.randn(5, 30)).square().mean() for layer in layers).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("choice", ["reinit", "transport"])
+def test_fused_adamw_steps_like_the_plain_one_before_and_after_a_resize(choice):
+    results = []
+    for fused in (False, True):  # the fused one takes moments as they lie in memory, whatever their strides say
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        layers = [v10.LowRankLinearAdaptiveSpectral(30, 40, 12).double() for _ in range(3)]
+        optimizer = torch.optim.AdamW([p for layer in layers for p in layer.parameters()], lr=LR, fused=fused)
+        controllers = [v10.RankController(ema_decay=0, min_rank=rank, max_rank=rank) for rank in (14, 9, 12)]
+        args = Namespace(power_iterations=5, optimizer_on_resize=choice)
+        for step in range(6):
+            if step == 3:
+                v10.update_ranks(layers, controllers, [12.0] * 3, optimizer, args, generator)
+            x = torch.randn(50, 30, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            sum(layer(x).square().mean() for layer in layers).backward()
+            optimizer.step()
+        results.append([p.detach() for layer in layers for p in layer.parameters()])
+    for plain, fused in zip(*results, strict=True):
+        assert relative(fused, plain) < 1e-9
 
 
 @pytest.mark.parametrize("choice", ["reinit", "transport"])

@@ -47,9 +47,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one log go unnoticed there
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 DEFAULT_DATA = "wiki.train.tokens"
-FORMAT = "alrt-checkpoint-2"
+FORMAT = "alrt-checkpoint-3"
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the linear layers of a block, in the order of every list in the log
 
 
@@ -61,17 +66,23 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: main() prints it in one line and returns 1."""
 
 
+TRY = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # where training diverges
+
+
 # ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
 
 def read_words(path):
     """-> (whitespace-separated words, SHA-256 of the file). Raises UserError for what is not readable UTF-8 text."""
     try:
         data = path.read_bytes()
-        return data.decode("utf-8").split(), hashlib.sha256(data).hexdigest()
+        text = data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: its byte {error.start} cannot be decoded") from None
+    if b"\0" in data:
+        raise UserError(f"{path} is not text: its byte {data.index(0)} is zero")
+    return text.split(), hashlib.sha256(data).hexdigest()
 
 
 def encode(words, vocabulary):
@@ -97,11 +108,13 @@ def load_corpus(path, val_fraction, block_size):
         if len(part) <= block_size:
             raise UserError(f"{path} gives {len(part):,} {name} tokens, and a block needs {block_size + 1:,}: "
                             "use a longer text, a smaller --block-size or another --val-fraction")
+    if len(vocabulary) < 2:
+        raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text())
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         known = (sidecar["sha256"], sidecar["val_fraction"]) == (sha256, val_fraction)
-        floor = sidecar["entropy_floor"] if known else None
-    except (OSError, ValueError, LookupError, TypeError):
+        floor = sidecar["entropy_floor"] if known and math.isfinite(sidecar["entropy_floor"]) else None
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         floor = None  # no sidecar, or a file that is something else
     return train, val, vocabulary, sha256, floor
 
@@ -505,6 +518,8 @@ def update_ranks(layers, controllers, ema, optimizer, args, generator):
 def plan_ranks(layers, controllers, ema, power_iterations, generator):
     """update_ranks without its effects -> (what the log keeps, {index of a layer: resize_factors' result})."""
     factors = [layer.factors() for layer in layers]
+    if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # a bound of ||W||_F^2
+        raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {TRY}")
     svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
     exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
@@ -518,38 +533,147 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
                     if rank != layers[i].rank}
 
 
-# ---- Log and checkpoints ---------------------------------------------------------------------------------------------
+# ---- Safety: interruptions, the log and checkpoints ------------------------------------------------------------------
+
+@contextlib.contextmanager
+def noted_signals():
+    """Within it, the first Ctrl-C or SIGTERM is only noted, in the list that it yields; a second one ends the process
+    at once, by the system's own hand."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        for known in handlers:
+            signal.signal(known, signal.SIG_DFL)
+        if process() == 0:
+            os.write(2, b"\nsaving after this step, then stopping; once more stops at once\n")
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns the system's refusal to write into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
+
+
+def lock(path, held):
+    """Lock the log, made where there is none, until the ExitStack `held` ends, or the process, however it does. Raises
+    UserError where another run has it, or where it is no log."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = held.enter_context(open(path, "a+b"))
+    try:
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing {path}: wait for it, or choose another --log-file") from None
+    except OSError:  # a file system without locks
+        pass
+    held.callback(lambda: path.is_file() and not path.stat().st_size and path.unlink())  # a run that never began
+    log.seek(0)
+    if not b'{"kind": "run"'.startswith(log.read(14)):
+        raise UserError(f"{path} is not a log of this suite: choose another --log-file")
+
+
+def make_way(checkpoint, log, last, *others):
+    """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left, its
+    log last, so that what a crash leaves can always be resumed. Raises UserError where `last` could not be written."""
+    with writing(last):
+        last.parent.mkdir(parents=True, exist_ok=True)
+        temporary(last).touch()
+        for path in (temporary(last), *([] if checkpoint else [*others, last])):
+            path.unlink(missing_ok=True)
+        if log.stat().st_size:
+            os.truncate(log, checkpoint["log_bytes"] if checkpoint else 0)
+
+
+def temporary(path):
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
 
 def write_record(path, kind, **fields):
-    """Append a line of JSON to the log, written through at once. NaN and Infinity raise ValueError."""
-    if process() > 0:
-        return
-    with open(path, "a", encoding="utf-8", newline="\n") as log:
-        log.write(json.dumps({"kind": kind, **fields}, allow_nan=False) + "\n")
+    """Append a line of JSON to the log, through to the disk. NaN and Infinity raise ValueError, a disk that does not
+    take it UserError; the log then stays as it was."""
+    line = json.dumps({"kind": kind, **fields}, allow_nan=False).encode() + b"\n"
+
+    def append():
+        with writing(path), open(path, "ab", buffering=0) as log:
+            size, left = os.fstat(log.fileno()).st_size, line
+            try:
+                while left:
+                    left = left[log.write(left):]
+                os.fsync(log.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(log.fileno(), size)
+                raise
+    once(append)
 
 
-def save(path, content):
-    """torch.save that never leaves a half file under `path`."""
-    if process() > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+SEAL = b"\nalrt sha256 "  # a checkpoint ends with this and the SHA-256 of what is before: torch.load has no checksum
+
+
+def sha256_of(file, size):
+    """The SHA-256, in hexadecimal, of the first `size` bytes of an open file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (part := file.read(min(size, 2**20))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()
+
+
+def save(path, content, previous=None):
+    """torch.save with a seal, by process 0. A crash leaves no half file under `path`; the file that was there becomes
+    `previous`. Raises UserError where the disk does not take it; what was there then stays."""
+    def write():
+        with writing(path):
+            try:
+                with open(temporary(path), "w+b") as file:
+                    torch.save(content, file)
+                    file.write(SEAL + sha256_of(file, file.tell()))
+                    file.flush()
+                    os.fsync(file.fileno())
+                if previous and path.exists():
+                    os.replace(path, previous)
+                os.replace(temporary(path), path)
+            except OSError:
+                temporary(path).unlink(missing_ok=True)
+                raise
+    once(write)
 
 
 def load(path):
-    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for what is no checkpoint of ours."""
+    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else."""
+    try:
+        with open(path, "rb") as file:
+            size = max(file.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
+            file.seek(size)
+            sealed, seal = file.read(len(SEAL)) == SEAL, file.read()
+            if sealed and seal != sha256_of(file, size):
+                raise UserError(f"{path} is damaged: its checksum is wrong")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] == FORMAT:
-            return content
-    except Exception:  # torch.load raises whatever missing or damaged bytes lead to
-        pass
-    raise UserError(f"{path} cannot be read as a checkpoint of this suite: it is missing, damaged or something else")
+        found = content["format"]
+    except Exception:  # torch.load raises whatever foreign bytes lead to
+        found = None
+    if sealed and found == FORMAT:
+        return content
+    if isinstance(found, str) and found.startswith("alrt-checkpoint-") and found != FORMAT:
+        raise UserError(f"{path} is of another version of this suite: {found}, where this one reads {FORMAT}")
+    raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
 
 
 def model_content(model, vocabulary):
@@ -564,8 +688,11 @@ def build_model(content, linear=None):
     ranks = iter(content["ranks"])
     if linear is None and content["ranks"]:
         linear = lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))  # noqa: E731
-    model = GPT(GPTConfig(**content["config"]), linear or (lambda n, m: nn.Linear(n, m, bias=False)))
-    model.load_state_dict(content["model"])
+    try:
+        model = GPT(GPTConfig(**content["config"]), linear or (lambda n, m: nn.Linear(n, m, bias=False)))
+        model.load_state_dict(content["model"])
+    except (LookupError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        raise UserError(f"the checkpoint does not hold a model of this suite: {str(error).splitlines()[0]}") from None
     return model
 
 
@@ -693,10 +820,16 @@ def gather(value):
 
 
 def once(action):
-    """action(), done by process 0 alone -> its result, in every process."""
-    result = [action() if process() == 0 else None]
+    """action(), done by process 0 alone -> its result, or the error that it raises, in every process."""
+    result = [None]
+    try:
+        result = [action() if process() == 0 else None]
+    except (UserError, TrainingError) as error:
+        result = [error]
     if processes() > 1:
         dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
     return result[0]
 
 
@@ -754,27 +887,38 @@ def pick_device(args):
     return torch.device(name), getattr(torch, dtype)
 
 
-def resume_point(args, settings, log, last, best):
+def resume_point(args, settings, log, last, previous, best):
     """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
-    found = [path for path in (log, last, best) if path.exists()]
+    found = [path for path in (log, last, previous, best) if path.exists() and path.stat().st_size]
     if not args.resume:
         if found and not args.overwrite:
             raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
                             "--log-file NAME writes elsewhere")
         return None
-    if not log.exists() and not last.exists():
+    if not found:
         raise UserError(f"nothing to resume: there is no {log} and no {last}")
-    if not last.exists():
+    if last not in found and previous not in found:
         say(f"{log} has no checkpoint yet: starting over")
         return None
-    checkpoint = load(last)
+    if last not in found:  # a crash between two renames, or the user's choice
+        say(f"{last} is missing: going on from the one before it, {previous}")
+        last = previous
+    try:
+        checkpoint = load(last)
+    except UserError as error:
+        with contextlib.suppress(UserError):  # `previous` may be missing, or as bad
+            step = load(previous)["state"]["step"]
+            error = UserError(f"{error}; the one before it, {previous}, is good: remove {last}, and --resume goes on "
+                              f"from step {step:,}")
+        raise error from None
     if "settings" not in checkpoint:
-        raise UserError(f"{last} holds only a model; a run is resumed from the checkpoint of its last epoch")
-    free = ("epochs", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command")
+        raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
+    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command")
     changed = [f"{name} was {checkpoint['settings'].get(name)} and is now {value}" for name, value in settings.items()
                if name not in free and value != checkpoint["settings"].get(name)]
     if changed:
-        raise UserError(f"only --epochs may change when a run is resumed, but {', '.join(changed)}")
+        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs and "
+                        "--checkpoint-minutes may change")
     if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
         raise UserError(f"{last} is already past --epochs {args.epochs}")
     if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
@@ -791,9 +935,13 @@ def default_grad_accum(windows, block_size, device):
     return min(parts, default=windows) if device.type == "cpu" else 1
 
 
-def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1):
-    """One optimizer step on inputs and targets (B, T), in grad_accum parts -> the loss, free of its graph: factors may
-    be replaced next. `model` is what parallel() returned."""
+def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
+    """One optimizer step on inputs and targets (B, T), in grad_accum parts -> total + loss, free of its graph: factors
+    may be replaced next. `model` is what parallel() returned.
+
+    From the first loss or gradient on that is not finite, the result is not finite either, and the model and the
+    optimizer stay as they were: fused AdamW is told so on the device, so that no step has to wait for an answer.
+    """
     loss = torch.zeros((), device=x.device)
     optimizer.zero_grad(set_to_none=True)
     for i, part in enumerate(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True), start=1):
@@ -802,10 +950,14 @@ def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1):
             part_loss = model(*part) / grad_accum
             part_loss.backward()
         loss += part_loss.detach()
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    return loss
+        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    total = total + loss + 0 * norm  # 0 times what is not finite is NaN
+    optimizer.found_inf = (~torch.isfinite(total)).float()
+    if optimizer.defaults["fused"] or not optimizer.found_inf:
+        optimizer.step()
+    return total
 
 
 def compile_blocks(model):
@@ -817,30 +969,44 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-def train(args, prog, command, linear=None):
-    """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7)."""
+def check_finite(loss, epoch, step, last):
+    """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"epoch {epoch}, step {step}: a loss or its gradient is not finite: in a new run, {TRY}"
+                            + f". {last} keeps the last good state" * last.exists())
+
+
+NEW_EPOCH = {"loss_sum": 0.0, "time_sec": 0.0, "eval_sec": 0.0, "rank_sec": 0.0, "resized": 0, "update": NO_UPDATE}
+
+
+def train(args, prog, command, held, linear=None):
+    """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7). The log
+    stays locked as long as the ExitStack `held`."""
     # 1) whatever is wrong with the request is found before any long work
     device, dtype = pick_device(args)
     args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     log_path = Path(args.log_file)
     last_path = Path(args.checkpoint) if args.checkpoint else log_path.with_suffix(".pt")
-    best_path = last_path.with_suffix(".best" + last_path.suffix)
-    data_path = find_data(args.data_file)
-    files = [path.resolve() for path in (log_path, last_path, best_path, data_path, Path(args.test_file or os.devnull))]
+    best_path, previous_path = (last_path.with_suffix(kind + last_path.suffix) for kind in (".best", ".prev"))
+    data_path, test_path = find_data(args.data_file), args.test_file and find_data(args.test_file)
+    files = [path.resolve() for path in (log_path, last_path, best_path, previous_path, data_path,
+                                         test_path or Path(os.devnull))]
     if len(set(files)) < len(files):
         raise UserError("--log-file, --checkpoint and the data need different names")
     train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data_path, args.val_fraction, args.block_size)
-    test = encode(read_words(find_data(args.test_file))[0], vocabulary).to(device) if args.test_file else None
+    test = encode(read_words(test_path)[0], vocabulary).to(device) if test_path else None
     if test is not None and len(test) < 2:
         raise UserError(f"{args.test_file} has {len(test)} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": prog, "command": command, "processes": processes(), "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "data_file": data_path.name, "data_sha256": sha256, "log_file": log_path.name,
-        "checkpoint": last_path.name, "test_file": args.test_file and Path(args.test_file).name}
-    checkpoint = resume_point(args, settings, log_path, last_path, best_path)
-    if checkpoint and checkpoint["state"]["step"] == args.epochs * args.steps_per_epoch and (
-            b'"kind": "end"' in log_path.read_bytes()[checkpoint["log_bytes"]:]):
+        "checkpoint": last_path.name, "test_file": test_path and test_path.name}
+    once(lambda: lock(log_path, held))
+    checkpoint = resume_point(args, settings, log_path, last_path, previous_path, best_path)
+    total = args.epochs * args.steps_per_epoch
+    if checkpoint and checkpoint["state"]["step"] == total and (
+            re.search(rb'"kind": "end".*\n', log_path.read_bytes()[checkpoint["log_bytes"]:])):
         say(f"{log_path} is finished: {args.epochs} epochs. A larger --epochs continues it.")
         return
 
@@ -872,7 +1038,8 @@ def train(args, prog, command, linear=None):
         dropout_rng.set_rng_state(checkpoint["generators"]["dropout"][process()])
     else:
         state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_epoch": 0, "best_loss": math.inf,
-                 "final_loss": None, "ema": [float(rank) for rank in model.ranks()]}
+                 "final_loss": None, "ema": [float(rank) for rank in model.ranks()],
+                 "part": NEW_EPOCH | {"loss_sum": [0.0] * processes()}}
 
     # 3) the leak check, and the log, which begins with a record of the run
     try:
@@ -883,14 +1050,10 @@ def train(args, prog, command, linear=None):
     if leak["leaks"] and args.attention == "causal":
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    for path in (log_path, last_path, best_path) if process() == 0 and not checkpoint else ():
-        path.unlink(missing_ok=True)
+    once(lambda: make_way(checkpoint, log_path, last_path, previous_path, best_path))
     if checkpoint:
-        if process() == 0:
-            os.truncate(log_path, checkpoint["log_bytes"])
-        done = state["step"] // args.steps_per_epoch
-        write_record(log_path, "resume", epoch=done, epochs=args.epochs, command=command)
+        write_record(log_path, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
+                     epochs=args.epochs, command=command)
     else:
         write_record(log_path, "run", **settings, device_name=device_name(device),
                      versions={"python": platform.python_version(), "torch": torch.__version__},
@@ -912,73 +1075,89 @@ def train(args, prog, command, linear=None):
     steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     trained = parallel(model)
-    progress = Progress(state["step"], args.epochs * steps, overhead=len(val_tokens) / (3 * tokens_per_epoch))
-    for epoch in range(state["step"] // steps + 1, args.epochs + 1):
-        start, eval_sec, rank_sec, loss_sum, val_loss = now(device), 0.0, 0.0, 0.0, 0.0
-        update, resized = NO_UPDATE, 0
-        for step in range(state["step"] + 1, epoch * steps + 1):
+    progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
+    part = state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
+    start, saved = now(device) - part["time_sec"], time.monotonic()
+    with noted_signals() as signals, progress.bar:
+        for step in range(state["step"] + 1, total + 1):
+            epoch, ends = (step - 1) // steps + 1, step % steps == 0
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)  # the same everywhere
-            share = (part.chunk(processes())[process()] for part in batch)
-            loss_sum += train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum)
-            progress.step(lambda: f"loss {loss_sum.item() / (step - (epoch - 1) * steps):.3f}"  # noqa: B023
+            share = (part_.chunk(processes())[process()] for part_ in batch)
+            part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum, part["loss_sum"])
+            progress.step(lambda: f"loss {part['loss_sum'].item() / ((step - 1) % steps + 1):.3f}"  # noqa: B023
                           + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
-            ends = step == epoch * steps
+            if device.type != "cuda" or step % 10 == 0 or step % interval == 0 or ends:  # to look is to wait for CUDA
+                check_finite(part["loss_sum"].item(), epoch, step, last_path)
             if ends:
                 paused = now(device)
                 val_loss = evaluate(model, val_tokens, args.batch_size)
-                eval_sec = now(device) - paused
-            if ends or step % interval == 0:
-                train_loss = fmean(gather(loss_sum.item())) / steps
-                if not math.isfinite(train_loss + val_loss):
-                    raise TrainingError(f"a loss of epoch {epoch} is not finite (training {train_loss}, validation "
-                                        f"{val_loss}): try a smaller --lr or --grad-clip 1")
+                check_finite(val_loss, epoch, step, last_path)
+                part["eval_sec"] = now(device) - paused
             if step % interval == 0:
                 paused = now(device)
                 trained = None
-                update, changed = update_ranks(layers, controllers, state["ema"], optimizer, args, rank_generator)
+                part["update"], changed = update_ranks(layers, controllers, state["ema"], optimizer, args,
+                                                       rank_generator)
                 trained = parallel(model)
-                resized, rank_sec = resized + changed, rank_sec + now(device) - paused
+                part |= {"resized": part["resized"] + changed, "rank_sec": part["rank_sec"] + now(device) - paused}
                 if not ends:  # the last one of an epoch is in the epoch's record
-                    write_record(log_path, "ranks", step=step, **update, ranks=model.ranks(), resized=changed)
-        train_sec = now(device) - start - eval_sec - rank_sec
-        ranks = model.ranks()
-        record = {
-            "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch, "train_loss": train_loss, "val_loss": val_loss,
-            "val_ppl": perplexity(val_loss), "lr": optimizer.param_groups[0]["lr"],
-            "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
-            "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **update, "resized": resized,
-            "params_millions": count_parameters(model) / 1e6, "factor_params_millions": count_parameters(*layers) / 1e6,
-            "time_sec": now(device) - start, "train_sec": train_sec, "eval_sec": eval_sec,
-            "rank_sec": rank_sec, "tokens_per_sec": tokens_per_epoch / train_sec,
-            "peak_memory_mb": peak_memory_mb(device)}
-        write_record(log_path, "epoch", **record)
-        state |= {"step": step, "seconds": time.perf_counter() - began, "final_loss": val_loss,
-                  "train_seconds": state["train_seconds"] + train_sec}
-        content, dropout_states = model_content(model, vocabulary), gather(dropout_rng.get_rng_state())
-        if val_loss < state["best_loss"]:
-            state |= {"best_loss": val_loss, "best_epoch": epoch}
-            save(best_path, content)
-        save(last_path, content | {
-            "state": state, "settings": settings, "log_bytes": log_path.stat().st_size,
-            "optimizer": optimizer.state_dict(), "generators": {
-                "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
-                "dropout": dropout_states}})
-        say(f"epoch {epoch:3}/{args.epochs}  train {train_loss:.3f}  val {val_loss:.3f}  ppl {perplexity(val_loss):.1f}"
-            + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
-            + f"  {record['params_millions']:.2f}M parameters  {record['time_sec']:.1f} s"
-            + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
-    progress.bar.close()
+                    write_record(log_path, "ranks", step=step, **part["update"], ranks=model.ranks(), resized=changed)
+            if ends:
+                time_sec, ranks = now(device) - start, model.ranks()
+                train_sec = time_sec - part["eval_sec"] - part["rank_sec"]
+                record = {
+                    "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch,
+                    "train_loss": fmean(gather(part["loss_sum"].item())) / steps, "val_loss": val_loss,
+                    "val_ppl": perplexity(val_loss), "lr": optimizer.param_groups[0]["lr"],
+                    "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
+                    "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **part["update"],
+                    "resized": part["resized"], "params_millions": count_parameters(model) / 1e6,
+                    "factor_params_millions": count_parameters(*layers) / 1e6, "time_sec": time_sec,
+                    "train_sec": train_sec, "eval_sec": part["eval_sec"], "rank_sec": part["rank_sec"],
+                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)}
+                write_record(log_path, "epoch", **record)
+                state |= {"final_loss": val_loss, "train_seconds": state["train_seconds"] + train_sec}
+            late = time.monotonic() - saved > 60 * args.checkpoint_minutes
+            stop = max(gather(signals[0] if signals else int(late)))
+            if not ends and not stop:
+                continue
+            check_finite(part["loss_sum"].item(), epoch, step, last_path)
+            part = dict(NEW_EPOCH) if ends else part | {"time_sec": now(device) - start}
+            state |= {"step": step, "seconds": time.perf_counter() - began,
+                      "part": part | {"loss_sum": gather(float(part["loss_sum"]))}}
+            content, dropout_states = model_content(model, vocabulary), gather(dropout_rng.get_rng_state())
+            if ends and val_loss < state["best_loss"]:
+                state |= {"best_loss": val_loss, "best_epoch": epoch}
+                save(best_path, content)
+            save(last_path, content | {
+                "state": state, "settings": settings, "log_bytes": log_path.stat().st_size,
+                "optimizer": optimizer.state_dict(), "generators": {
+                    "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
+                    "dropout": dropout_states}}, previous_path)
+            if ends:
+                say(f"epoch {epoch:3}/{args.epochs}  train {record['train_loss']:.3f}  val {val_loss:.3f}  "
+                    f"ppl {perplexity(val_loss):.1f}"
+                    + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
+                    + f"  {record['params_millions']:.2f}M parameters  {time_sec:.1f} s"
+                    + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
+            if stop > 1 and step < total:
+                raise KeyboardInterrupt(128 + stop, f"interrupted; step {step:,} of {total:,} is saved in {last_path}: "
+                                        "the same command with --resume goes on from there")
+            start, saved = now(device) - part["time_sec"], time.monotonic()
 
     # 5) test losses, the last record, a summary
     end = {"best_epoch": state["best_epoch"], "best_val_loss": state["best_loss"],
            "final_val_loss": state["final_loss"], "test_loss_best": None, "test_loss_last": None}
     if test is not None:
         end["test_loss_last"] = evaluate(model, test, args.batch_size)
-        best = build_model(load(best_path)).to(device)  # evaluation has waited for process 0 and its files
-        best.bfloat16 = model.bfloat16
-        end["test_loss_best"] = evaluate(best, test, args.batch_size)
+        try:
+            best = build_model(load(best_path)).to(device)  # evaluation has waited for process 0 and its files
+            best.bfloat16 = model.bfloat16
+            end["test_loss_best"] = evaluate(best, test, args.batch_size)
+        except UserError as error:
+            say(f"*** no test loss of the best epoch: {error}")
     write_record(log_path, "end", **end, total_sec=state["seconds"])
     ranks, memory = model.ranks(), peak_memory_mb(device)
     speed = args.epochs * tokens_per_epoch / state["train_seconds"]
@@ -1000,8 +1179,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind, least=-math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite number of this kind within these bounds."""
+def number(kind, least=-math.inf, above=-math.inf, below=None):
+    """An argparse type: a finite number of this kind within these bounds; a whole one is below 2^31 unless told."""
+    below = below or (2**31 if kind is int else math.inf)
+
     def parse(text):
         try:
             value = kind(text)
@@ -1009,7 +1190,7 @@ def number(kind, least=-math.inf, above=-math.inf, below=math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if least <= value < below and value > above and math.isfinite(value):
             return value
-        bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("below", below))
+        bounds = [f"{word} {bound:,}" for word, bound in (("at least", least), ("above", above), ("below", below))
                   if math.isfinite(bound)]
         raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds) or 'finite'}")
     return parse
@@ -1026,7 +1207,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--test-file", help="one more held-out text, evaluated at the end on the best and the last checkpoint")
     flag = parser.add_argument_group("model").add_argument
     flag("--d-model", type=count, default=GPTConfig.d_model, help="width")
-    flag("--n-layers", type=count, default=GPTConfig.n_layers, help="blocks")
+    flag("--n-layers", type=number(int, least=1, below=1000), default=GPTConfig.n_layers, help="blocks")
     flag("--n-heads", type=count, default=GPTConfig.n_heads, help="attention heads")
     flag("--d-ff", type=count, default=GPTConfig.d_ff, help="width of the feed-forward layers")
     flag("--block-size", type=number(int, least=2), default=GPTConfig.block_size, help="context length in tokens")
@@ -1050,10 +1231,11 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     else:
         parser.set_defaults(fixed_rank=True, rank_interval=None)
     flag = parser.add_argument_group("training").add_argument
-    flag("--power-iterations", type=number(int, least=0), default=5, help="for the stable rank; 0 computes it exactly")
+    flag("--power-iterations", type=number(int, least=0, below=1000), default=5,
+         help="for the stable rank; 0 computes it exactly")
     flag("--epochs", type=count, default=30, help="epochs in all, those before a --resume included")
     flag("--steps-per-epoch", type=count, default=200, help="optimizer steps an epoch")
-    flag("--batch-size", type=count, default=32, help="windows of --block-size tokens a step")
+    flag("--batch-size", type=number(int, least=1, below=2**20), default=32, help="windows of --block-size tokens")
     flag("--grad-accum", type=count, help="parts that a process takes its windows in: the same step on less memory; by "
          "default as many as keep a part within 2,048 tokens on a CPU, else 1")
     flag("--lr", type=positive, default=3e-4, help="learning rate")
@@ -1061,14 +1243,17 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
     flag("--grad-clip", type=number(float, least=0), default=0.0, help="largest norm of the gradient; 0: no clipping")
-    flag("--seed", type=number(int, least=0), default=0, help="of initialisation, batches, dropout and rank estimation")
+    flag("--seed", type=number(int, least=0, below=2**63), default=0,
+         help="of initialisation, batches, dropout and rank estimation")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first one there")
     flag("--compile", action="store_true", help="torch.compile: a minute or two first, needs a C++ compiler")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA where native")
     flag = parser.add_argument_group("files").add_argument
     flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")
     flag("--checkpoint", help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
-    flag("--resume", action="store_true", help="go on from the last checkpoint; only --epochs may differ")
+    flag("--checkpoint-minutes", type=positive, default=10.0, help="minutes between checkpoints inside an epoch")
+    flag("--resume", action="store_true", help="go on from the last checkpoint; only --epochs and "
+         "--checkpoint-minutes may differ")
     flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
     return parser
 
@@ -1093,9 +1278,12 @@ def check(args):
                             "and the smaller side of the matrices ask")
 
 
+LEFT = "interrupted; --resume goes on from the last checkpoint, where there is one"
+
+
 def stop(number, frame):
-    """SIGTERM's handler: as Ctrl-C."""
-    raise KeyboardInterrupt(128 + number)
+    """SIGTERM's handler where nothing has to be saved: as Ctrl-C."""
+    raise KeyboardInterrupt(128 + number, LEFT)
 
 
 def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_file="logs/v10.jsonl"):
@@ -1116,18 +1304,25 @@ def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_f
         args = build_parser(prog, linear is None, log_file).parse_args(argv)
         check(args)
         command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
-        train(args, prog, command, linear)
+        with contextlib.ExitStack() as held:
+            train(args, prog, command, held, linear)
         gather("done")  # the processes end together
         return 0
     except (UserError, TrainingError) as error:
         return fail(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        return fail(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", 2)
     except KeyboardInterrupt as error:
-        return fail("interrupted; --resume goes on from the last epoch", *(error.args or [130]), everywhere=True)
-    except RuntimeError as error:
+        code, said = error.args or (130, LEFT)
+        return fail(said, code, everywhere=said == LEFT)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|(allocate|enough) memory|size calc", str(error)):
+            return fail("error: out of memory: try a larger --grad-accum, which takes a step in more parts, or a "
+                        "smaller --batch-size, --block-size, --d-model or --d-ff", 2, everywhere=True)
         if processes() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
         return fail("error: the connection to another process is lost, which has ended; --resume goes on from the last "
-                    "epoch", 1, everywhere=True)
+                    "checkpoint", 1, everywhere=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -173,6 +173,7 @@ def test_a_log_without_a_checkpoint_starts_over(run, capsys):
     log = run()
     expected = untimed(log)
     log.with_suffix(".pt").unlink()
+    log.with_suffix(".prev.pt").unlink()
     run("--resume")
     assert "starting over" in capsys.readouterr().out
     assert untimed(log) == expected

@@ -166,11 +166,10 @@ def product_svd(U, V):
 
 def product_svds(factors):
     """[product_svd(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
-    threads mostly wait for each other."""
+    threads mostly wait for each other. A new thread has to be told so itself; else its results vary in the last bits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(product_svd, *zip(*factors, strict=True)))
     finally:
         torch.set_num_threads(threads)

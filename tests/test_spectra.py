@@ -133,3 +133,19 @@ def test_a_zero_matrix_can_shrink_and_still_learn():
     assert U.shape == (30, 5)
     assert not U.any()
     assert torch.linalg.matrix_rank(V) == 5
+
+
+def test_svds_on_several_threads_are_those_on_one_bit_for_bit_each_time():
+    generator = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(m, 30, generator=generator), torch.randn(30, n, generator=generator))
+               for m, n in ((128, 128), (512, 128), (128, 512)) * 6]
+    expected = [v10.product_svd(U, V) for U, V in factors]
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):
+            found = v10.product_svds([(U.clone(), V.clone()) for U, V in factors])
+            assert all(a.equal(b) for one, other in zip(expected, found, strict=True)
+                       for a, b in zip(one, other, strict=True))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

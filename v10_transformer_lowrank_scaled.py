@@ -166,7 +166,7 @@ def product_svd(U, V):
 
 def product_svds(factors):
     """[product_svd(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
-    threads mostly wait for each other. A new thread has to be told so itself; else its results vary in the last bits."""
+    threads mostly wait for each other. Each has to be told so itself: else its results vary in the last bits."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -646,9 +646,9 @@ def save(path, content, previous=None):
                 if previous and path.exists():
                     os.replace(path, previous)
                 os.replace(temporary(path), path)
-            except OSError:
+            except (OSError, RuntimeError) as error:  # torch.save, cut off by the disk, ends with an error of its own
                 temporary(path).unlink(missing_ok=True)
-                raise
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     once(write)
 
 
@@ -953,8 +953,11 @@ def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
     if grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     total = total + loss + 0 * norm  # 0 times what is not finite is NaN
-    optimizer.found_inf = (~torch.isfinite(total)).float()
-    if optimizer.defaults["fused"] or not optimizer.found_inf:
+    finite = torch.isfinite(total)
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
         optimizer.step()
     return total
 

@@ -55,4 +55,5 @@ def run(text, tmp_path):
         log = tmp_path / f"{name}.jsonl"
         assert main(["--data-file", str(text), "--log-file", str(log), *SMALL, *ranks, *map(str, flags)]) == code
         return log
+    train.folder = tmp_path
     return train

@@ -1,0 +1,225 @@
+"""Kills small trainings with SIGKILL, resumes them, and compares what they wrote with a run that nobody touched.
+
+    python3 tests/soak.py                    15 kills at random times, 3 at each chosen point; some minutes
+    python3 tests/soak.py --show logs/reference/soak.jsonl
+
+At a chosen point the run kills itself: half-way through the n-th write of its log or of a checkpoint, at its n-th
+fsync, os.replace or evaluation, or with half of its layers resized. Ranks change every 3 steps, epochs have 10, and a
+checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize, the other carries
+it. Each kill is a line of the log; the last line is the verdict. Exit code 1 where anything was lost or differs.
+"""
+import argparse
+import builtins
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+FLAGS = """--data-file text --test-file test --d-model 16 --n-layers 2 --n-heads 2 --d-ff 32 --block-size 8
+    --batch-size 4 --epochs 20 --steps-per-epoch 10 --lr 0.01 --val-fraction 0.1 --device cpu --init-rank 12
+    --min-rank 2 --rank-interval 3 --dropout 0.1 --checkpoint-minutes 0.0015 --log-file log.jsonl""".split()
+RANDOM = "at a random time"
+CHOSEN = {  # moment: the largest n at which it may be chosen
+    "half-way through a log record": 60, "half-way through a checkpoint": 2000, "at an fsync": 60,
+    "at an os.replace": 60, "at an evaluation": 12, "half-way through a rank update": 40}
+CLOCK = {"time_sec", "train_sec", "eval_sec", "rank_sec", "total_sec", "tokens_per_sec", "peak_memory_mb"}
+
+
+# ---- The run that kills itself ---------------------------------------------------------------------------------------
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment, n, die=die):
+    """Make v10 die at the n-th such moment -> v10."""
+    import v10_transformer_lowrank_scaled as v10
+    left = [n]
+
+    def count():
+        left[0] -= 1
+        return left[0] == 0
+
+    def dying(function):
+        """function, with a kill before its n-th call or after it, by chance."""
+        def wrapped(*args, **kwargs):
+            now = count()
+            if now and n % 2:
+                die()
+            result = function(*args, **kwargs)
+            if now:
+                die()
+            return result
+        return wrapped
+
+    class File:
+        """A file whose n-th write stops half-way."""
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if count():
+                self.file.write(bytes(data)[:len(data) // 2])
+                self.file.flush()
+                die()
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def opened(path, mode="r", **options):
+        file, log = builtins.open(path, mode, **options), str(path).endswith(".jsonl")
+        wanted = log if "log" in moment else not log and "+" in mode
+        return File(file) if wanted and mode in ("ab", "w+b") else file
+
+    if "rank update" in moment:
+        update_ranks, set_factors = v10.update_ranks, v10.LowRankLinearAdaptiveSpectral.set_factors
+        halfway = []
+
+        def half_update(*args):
+            if count():
+                v10.LowRankLinearAdaptiveSpectral.set_factors = lambda *args: (
+                    set_factors(*args), halfway.append(1), len(halfway) < 3 or die())
+            result = update_ranks(*args)
+            return die() if left[0] <= 0 else result
+        v10.update_ranks = half_update
+    elif "half-way" in moment:
+        v10.open = opened
+    elif "evaluation" in moment:
+        v10.evaluate = dying(v10.evaluate)
+    else:
+        name = moment.split()[-1].removeprefix("os.")
+        setattr(os, name, dying(getattr(os, name)))
+    return v10
+
+
+# ---- The soak --------------------------------------------------------------------------------------------------------
+
+def launch(folder, flags, moment=None, when=None):
+    """Start a run, or go on with the one in the folder, to its end or its death -> exit code, seconds till it spoke."""
+    log = folder / "log.jsonl"
+    command = [ROOT / "v10_transformer_lowrank_scaled.py"]
+    if moment in CHOSEN:
+        command = [__file__, "--arm", moment, str(when)]
+    resume = ["--resume"] if log.exists() and log.stat().st_size else []
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command, *FLAGS, *flags, *resume], cwd=folder, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    if moment == RANDOM:
+        time.sleep(when)
+        process.kill()
+    first = process.stdout.readline()
+    seconds = time.monotonic() - began
+    said = first + process.stdout.read()
+    process.stdout.close()
+    if process.wait() not in (0, -signal.SIGKILL):
+        sys.exit(f"soak.py: a run ended with {process.returncode} after a kill {moment}, {when}:\n{said}")
+    return process.returncode, seconds
+
+
+def records(path):
+    """The records of a log, without marks of resuming and without what a clock says."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in CLOCK}
+            for record in found if record["kind"] != "resume"]
+
+
+def compare(folder, straight):
+    """-> records of the straight run that are missing, that differ, how many were compared; other tensors."""
+    import torch
+
+    import v10_transformer_lowrank_scaled as v10
+    ours, theirs = (records(place / "log.jsonl") for place in (folder, straight))
+    tensors = 0
+    for name in ("log.pt", "log.best.pt"):
+        a, b = (v10.load(place / name)["model"] for place in (folder, straight))
+        tensors += sum(name not in b or not torch.equal(a[name], b[name]) for name in a)
+    return Counter(lost=max(len(theirs) - len(ours), 0), records=len(theirs), tensors=tensors,
+                   differing=sum(a != b for a, b in zip(ours, theirs, strict=False)) + max(len(ours) - len(theirs), 0))
+
+
+def soak(seed, random_kills, chosen_kills, write):
+    rng, result = random.Random(seed), Counter()
+    plan = [RANDOM] * random_kills + list(CHOSEN) * chosen_kills
+    rng.shuffle(plan)
+    with tempfile.TemporaryDirectory() as place:
+        for choice in ("reinit", "transport"):
+            straight, mine = Path(place, f"{choice}-straight"), plan[::2] if choice == "reinit" else plan[1::2]
+            runs = [Path(place, f"{choice}-{i}") for i in range(len(mine) + 1)]
+            for folder in (straight, *runs):
+                folder.mkdir()
+                words = random.Random(0).choices([f"w{i}" for i in range(50)], k=3000)
+                (folder / "text").write_text(" ".join(words))
+                (folder / "test").write_text(" ".join(words[::7]))
+            flags = ["--optimizer-on-resize", choice]
+            began = time.monotonic()
+            _, ready = launch(straight, flags)
+            whole = time.monotonic() - began
+            folder = runs.pop(0)
+            while mine:
+                moment = mine[0]
+                when = rng.uniform(0.8 * ready, whole) if moment == RANDOM else rng.randint(1, CHOSEN[moment])
+                code, _ = launch(folder, flags, moment, when)
+                if code:
+                    write({"kind": "kill", "moment": moment, "when": round(when, 3), "optimizer_on_resize": choice,
+                           "records": (folder / "log.jsonl").read_bytes().count(b"\n")
+                           if (folder / "log.jsonl").exists() else 0})
+                    mine.pop(0)
+                else:  # it came to its end first: another run
+                    result += compare(folder, straight) + Counter(runs=1)
+                    folder = runs.pop(0)
+            launch(folder, flags)
+            result += compare(folder, straight) + Counter(runs=1)
+    write({"kind": "verdict", "seed": seed,
+           **{name: result[name] for name in ("runs", "records", "lost", "differing", "tensors")}})
+
+
+def table(found):
+    """The log of a soak -> the table that the README shows."""
+    kills, verdict = Counter(record["moment"] for record in found if record["kind"] == "kill"), found[-1]
+    lines = ["| the run was killed | times |", "|---|--:|", *(f"| {moment} | {kills[moment]} |" for moment in
+                                                             (RANDOM, *CHOSEN))]
+    return "\n".join([*lines, "", f"{kills.total()} kills in {verdict['runs']} runs, each then resumed to its end. Of "
+                      f"{verdict['records']} records of runs that nobody touched, lost: {verdict['lost']}, differing: "
+                      f"{verdict['differing']}. Tensors that differ in the checkpoints: {verdict['tensors']}."])
+
+
+def main():
+    if sys.argv[1:2] == ["--arm"]:  # a run of v10 that is to kill itself
+        return arm(sys.argv[2], int(sys.argv[3])).main(sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random", type=int, default=15, help="kills at random times")
+    parser.add_argument("--chosen", type=int, default=3, help="kills at each chosen point")
+    parser.add_argument("--log-file", type=Path, default=ROOT / "logs" / "soak.jsonl")
+    parser.add_argument("--show", type=Path, help="print the table of an earlier soak")
+    args = parser.parse_args()
+    if not args.show:
+        args.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.log_file, "w") as log:
+            def write(record):
+                print(json.dumps(record), file=log, flush=True)
+                print(*(f"{name}: {value}" for name, value in record.items()), sep=", ", flush=True)
+            soak(args.seed, args.random, args.chosen, write)
+        print()
+    found = [json.loads(line) for line in (args.show or args.log_file).read_text().splitlines()]
+    print(table(found))
+    return int(any(found[-1][name] for name in ("lost", "differing", "tensors")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

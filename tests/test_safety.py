@@ -218,10 +218,10 @@ def test_a_disk_that_really_takes_no_more_is_one_line_and_loses_no_record(text, 
                "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.exit(v10.main())")
     done = subprocess.run([sys.executable, "-c", program, ROOT, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"cannot write {tmp_path / 'log.best.pt'}: File too large" in done.stderr
+    assert f"cannot write {tmp_path / 'log.pt'}: File too large" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [record["kind"] for record in records(tmp_path / "log.jsonl")] == ["run", "epoch"]
-    assert {path.name for path in tmp_path.iterdir()} == {"text.tokens", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.tokens", "log.jsonl", "log.best.pt"}
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(run, capsys, monkeypatch, text):

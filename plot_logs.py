@@ -58,36 +58,50 @@ class Run:
     def tokens_per_second(self):
         """Over the whole of training, None where the log does not say."""
         tokens, seconds = self.epochs[-1].get("tokens_seen"), self.total("train_sec")
-        return None if None in (tokens, seconds) else tokens / seconds
+        return tokens / seconds if tokens is not None and seconds else None
 
 
 def not_finite(constant):
     raise ValueError(f"{constant} is not JSON")
 
 
+NUMBERS = ("rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions", "time_sec", "train_sec",
+           "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb", "parameters", "factor_parameters",
+           "entropy_floor", "train_tokens", "val_tokens", "vocab_size")
+TEXTS = ("attention", "data_file", "data_sha256", "device", "device_name", "dtype")
+
+
+def is_number(value, kind=(int, float)):
+    """A number that all of the arithmetic here can take: no truth value, and of at most 15 digits."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e15
+
+
 def check(record, run):
-    """Raises ValueError for a record that is not one of ours, or not one of the report's."""
+    """-> the record's kind. Raises ValueError for a record that is not one of ours, or not one of the report's."""
     if not isinstance(record, dict):
         raise ValueError("a record is an object, {...}")
     kind = record.get("kind", "epoch")
     if kind not in ("run", "epoch", "ranks", "resume", "end"):
-        raise ValueError(f"unknown kind of record {kind!r}")
-    numbers = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",)}.get(kind, ())
-    optional = ("rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions", "time_sec",
-                "train_sec", "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb", "parameters",
-                "factor_parameters", "entropy_floor")
-    for name in (*numbers, *(name for name in optional if record.get(name) is not None)):
+        raise ValueError(f"unknown kind of record {str(kind)[:60]!r}")
+    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",)}.get(kind, ())
+    for name in (*needed, *NUMBERS, *TEXTS):
         value = record.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} should be a number, not {json.dumps(value)}")
+        if value is None and name not in needed:
+            continue
+        if name in TEXTS and not isinstance(value, str) or name not in TEXTS and not is_number(value):
+            raise ValueError(f"{name} should be a {'text' if name in TEXTS else 'number'}, "
+                             f"not {json.dumps(value)[:60]}")
     ranks = {"epoch": record.get("ranks"), "run": record.get("initial_ranks", [])}.get(kind, [])
-    if not isinstance(ranks, list) or len(ranks) % 6 or not all(type(rank) is int and rank > 0 for rank in ranks):
+    if not isinstance(ranks, list) or len(ranks) % 6 or not all(is_number(rank, int) and rank > 0 for rank in ranks):
         raise ValueError(f"{'initial_' * (kind == 'run')}ranks should be a list of ranks, six for each block")
     if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
         raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
-    if kind == "run" and not all(isinstance(layer, dict) and isinstance(layer.get("shape"), list)
-                                 and len(layer["shape"]) == 2 and all(type(side) is int for side in layer["shape"])
-                                 for layer in record.get("layers", [])):
+    if kind == "epoch" and run.settings.get("initial_ranks") and len(ranks) != len(run.settings["initial_ranks"]):
+        raise ValueError(f"{len(ranks)} ranks, where the run began with {len(run.settings['initial_ranks'])}")
+    layers = record.get("layers", []) if kind == "run" else []
+    if not isinstance(layers, list) or not all(
+            isinstance(layer, dict) and isinstance(layer.get("shape"), list) and len(layer["shape"]) == 2
+            and all(is_number(side, int) for side in layer["shape"]) for layer in layers):
         raise ValueError("layers should be a list of objects, each with a shape of two sides")
     if kind == "epoch" and record["epoch"] <= (run.epochs[-1]["epoch"] if run.epochs else 0):
         raise ValueError(f"epoch {record['epoch']} after epoch {run.epochs[-1]['epoch'] if run.epochs else 0}")
@@ -107,7 +121,7 @@ def read_log(path, name, init_rank):
             continue
         try:
             record = json.loads(line.decode("utf-8"), parse_constant=not_finite)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 print(f"plot_logs.py: warning: {path}:{number}: the last line is cut off and left out", file=sys.stderr)
                 break
@@ -228,8 +242,8 @@ def tables(runs):
             parts.append("Attention without a causal mask: each position sees the word that it has to predict. "
                          "These losses are not those of a language model.")
         if s:
-            parts.append(f"{s.get('train_tokens', 0):,} training and {s.get('val_tokens', 0):,} validation tokens of "
-                         f"{s.get('data_file')}, {s.get('vocab_size', 0):,} words; seed {s.get('seed')}, "
+            parts.append(f"{show(s.get('train_tokens'))} training and {show(s.get('val_tokens'))} validation tokens of "
+                         f"{s.get('data_file')}, {show(s.get('vocab_size'))} words; seed {s.get('seed')}, "
                          f"{s.get('device')} ({s.get('device_name')}), {s.get('dtype')}.")
         else:
             parts.append("No run record: the log does not say what trained it, nor whether its attention had a mask.")

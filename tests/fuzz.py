@@ -1,0 +1,185 @@
+"""Mutated real inputs for whatever reads a file: it has to take them or to refuse them in one line, with no traceback.
+
+    python3 tests/fuzz.py                    2,000 cases for each of the targets below; some minutes
+    python3 tests/fuzz.py --cases 20000 --seed 1
+
+A small run, stopped and resumed, makes the real inputs. What has been found stands as a test beside the others.
+"""
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import plot_logs  # noqa: E402
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
+
+FLAGS = """--d-model 8 --n-layers 1 --n-heads 2 --d-ff 16 --block-size 4 --batch-size 2 --steps-per-epoch 4
+    --val-fraction 0.1 --rank-interval 3 --init-rank 6 --min-rank 2 --device cpu""".split()
+WORDS = [b"NaN", b"1e999", b"-1", b"null", b"[]", b"{}", b'"', b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"9" * 400,
+         b"true", b"[" * 5000, "\N{NO-BREAK SPACE}\N{LINE SEPARATOR}".encode(), b"\xed\xa0\x80", b"PK\x03\x04"]
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, 1e308]),
+    lambda values: st.lists(values, max_size=6) | st.dictionaries(st.text(max_size=4), values, max_size=3),
+    max_leaves=8)
+places = st.floats(0, 1, exclude_max=True)
+edits = st.lists(st.tuples(st.sampled_from(["flip", "insert", "delete", "repeat", "cut"]), places,
+                           st.integers(1, 300), st.binary(min_size=1, max_size=6) | st.sampled_from(WORDS)),
+                 min_size=1, max_size=4)
+
+
+def mutated(data, changes):
+    """Bytes with some places flipped, filled, deleted, repeated or cut off."""
+    for kind, place, size, new in changes:
+        at = int(place * len(data))
+        if kind == "flip" and data:
+            data = data[:at] + bytes([data[at] ^ (1 << size % 8)]) + data[at + 1:]
+        elif kind == "insert":
+            data = data[:at] + new + data[at:]
+        elif kind == "delete":
+            data = data[:at] + data[at + size:]
+        elif kind == "repeat":
+            data = data[:at] + data[max(at - size, 0):at] * 2 + data[at:]
+        elif kind == "cut":
+            data = data[:at]
+    return data
+
+
+@st.composite
+def mutated_logs(draw, data):
+    """A log in which fields, elements of lists or whole records have become other JSON."""
+    records = [json.loads(line) for line in data.splitlines()]
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(0, len(records) - 1))
+        if not isinstance(records[i], dict) or not records[i] or draw(st.integers(0, 9)) == 0:
+            records[i] = draw(json_values)
+            continue
+        name = draw(st.sampled_from(sorted(records[i])))
+        value = records[i][name]
+        if isinstance(value, list) and value and draw(st.booleans()):
+            value[draw(st.integers(0, len(value) - 1))] = draw(json_values)
+        elif draw(st.integers(0, 4)) == 0:
+            del records[i][name]
+        else:
+            records[i][name] = draw(json_values)
+    return "\n".join(map(json.dumps, records)).encode()
+
+
+def targets(folder):
+    """-> {name: (a strategy of cases, what to do with one)}. A target returns, or raises what its script reports."""
+    text, log, checkpoint = ((folder / name).read_bytes() for name in ("text.tokens", "log.jsonl", "log.pt"))
+    report = b"\n".join(json.dumps({name: record[name] for name in (
+        "epoch", "train_loss", "val_loss", "rank_min", "rank_max", "rank_avg", "ranks", "params_millions", "time_sec")}
+        ).encode() for record in map(json.loads, log.splitlines()) if record["kind"] == "epoch")
+    here, plot_logs.np = folder / "case", np
+
+    def read_log(data):
+        here.write_bytes(data)
+        runs = plot_logs.read_logs([here, folder / "log.jsonl"], 64)
+        plot_logs.tables(runs)
+        for run in runs:
+            if run.blocks():
+                plot_logs.history(run)
+
+    def read_text(data):
+        here.write_bytes(data)
+        v10.load_corpus(here, 0.1, 4)
+
+    def read_sidecar(data):
+        (folder / "text.json").write_bytes(data)
+        *_, floor = v10.load_corpus(folder / "text.tokens", 0.1, 4)
+        json.dumps(floor, allow_nan=False)
+
+    def read_checkpoint(data):
+        here.write_bytes(data)
+        v10.load_model(here)
+
+    def read_sealed(data):
+        here.write_bytes(data)
+        with open(here, "r+b") as file:
+            file.write(v10.SEAL + v10.sha256_of(file, len(data)))  # which has read up to the end
+        v10.load_model(here)
+
+    def read_fields(change):
+        v10.save(here, content | change)
+        v10.load_model(here)
+
+    content = v10.load(folder / "log.pt")
+    fields = st.one_of(
+        st.dictionaries(st.sampled_from(["config", "ranks", "vocabulary", "model", "format"]), json_values, min_size=1),
+        st.dictionaries(st.sampled_from(sorted(content["config"])), json_values.filter(lambda value: not isinstance(
+            value, (int, float)) or abs(value) < 1000), min_size=1).map(
+            lambda change: {"config": content["config"] | change}),
+        st.dictionaries(st.sampled_from(sorted(content["model"])), json_values, min_size=1).map(
+            lambda change: {"model": content["model"] | change}))
+    sealed = checkpoint[:-len(v10.SEAL) - 64]
+    sidecar = json.dumps({"sha256": v10.read_words(folder / "text.tokens")[1], "val_fraction": 0.1,
+                          "entropy_floor": 2.5}).encode()
+
+    def of_bytes(data):
+        return edits.map(lambda changes: mutated(data, changes))
+    return {
+        "plot_logs: log, bytes": (of_bytes(log) | of_bytes(report), read_log),
+        "plot_logs: log, fields": (mutated_logs(log) | mutated_logs(report), read_log),
+        "v10: text": (of_bytes(text), read_text),
+        "v10: sidecar": (of_bytes(sidecar) | mutated_logs(sidecar), read_sidecar),
+        "v10: checkpoint": (of_bytes(checkpoint), read_checkpoint),
+        "v10: checkpoint, right checksum": (of_bytes(sealed), read_sealed),
+        "v10: checkpoint, fields": (fields, read_fields)}
+
+
+def fuzz(cases, action, n, seed):
+    """Run action(case) for n cases -> how many it took and how many it refused. Whatever else it raises is raised,
+    for the smallest case found."""
+    counts = Counter()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(max_examples=n, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(cases)
+    def check(case):
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                action(case)
+                counts["taken"] += 1
+                return
+            except (v10.UserError, plot_logs.LogError) as error:
+                said = str(error)
+        counts["refused"] += 1
+        assert len(said.splitlines()) == 1, said
+    check()
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--cases", type=int, default=2000, help="for each target")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "text.tokens").write_bytes(b" ".join(b"w%d" % (i * i % 23) for i in range(200)))
+        for flags in (["--epochs", "2"], ["--epochs", "3", "--resume"]):
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert v10.main(["--data-file", place + "/text.tokens", "--log-file", place + "/log.jsonl",
+                                 *FLAGS, *flags]) == 0
+        for name, (cases, action) in targets(folder).items():
+            counts = fuzz(cases, action, args.cases, args.seed)
+            print(f"{name:40} {counts.total():6,} cases: {counts['taken']:,} taken, {counts['refused']:,} refused",
+                  flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -122,7 +122,7 @@ def read_log(path, name, init_rank):
         try:
             record = json.loads(line.decode("utf-8"), parse_constant=not_finite)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if number == len(lines) > 1:
                 print(f"plot_logs.py: warning: {path}:{number}: the last line is cut off and left out", file=sys.stderr)
                 break
             raise LogError(f"{path}:{number}: not a line of JSON ({error})") from None
@@ -358,8 +358,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = args.out or args.logs[0].parent / "figures"
     try:
-        if args.init_rank < 1:
-            raise LogError("--init-rank must be at least 1")
+        if not 0 < args.init_rank < 1e15:
+            raise LogError("--init-rank must be a rank: at least 1")
         runs = read_logs(args.logs, args.init_rank)
         text = tables(runs)
         print(text)

@@ -564,9 +564,9 @@ def writing(path):
         raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
 
 
-def lock(path, held):
+def claim(path, last, held):
     """Lock the log, made where there is none, until the ExitStack `held` ends, or the process, however it does. Raises
-    UserError where another run has it, or where it is no log."""
+    UserError where another run has it, where it is no log, or where it or the checkpoint `last` cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         log = held.enter_context(open(path, "a+b"))
@@ -581,15 +581,17 @@ def lock(path, held):
     log.seek(0)
     if not b'{"kind": "run"'.startswith(log.read(14)):
         raise UserError(f"{path} is not a log of this suite: choose another --log-file")
+    with writing(last):
+        last.parent.mkdir(parents=True, exist_ok=True)
+        temporary(last).touch()
+        temporary(last).unlink()
 
 
 def make_way(checkpoint, log, last, *others):
     """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left, its
-    log last, so that what a crash leaves can always be resumed. Raises UserError where `last` could not be written."""
+    log last, so that what a crash leaves can always be resumed."""
     with writing(last):
-        last.parent.mkdir(parents=True, exist_ok=True)
-        temporary(last).touch()
-        for path in (temporary(last), *([] if checkpoint else [*others, last])):
+        for path in () if checkpoint else (*others, last):
             path.unlink(missing_ok=True)
         if log.stat().st_size:
             os.truncate(log, checkpoint["log_bytes"] if checkpoint else 0)
@@ -988,11 +990,15 @@ def train(args, prog, command, held, linear=None):
     device, dtype = pick_device(args)
     args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     log_path = Path(args.log_file)
+    if not log_path.name or args.checkpoint and not Path(args.checkpoint).name:
+        raise UserError(f"--{'checkpoint' if log_path.name else 'log-file'} needs the name of a file")
     last_path = Path(args.checkpoint) if args.checkpoint else log_path.with_suffix(".pt")
     best_path, previous_path = (last_path.with_suffix(kind + last_path.suffix) for kind in (".best", ".prev"))
     data_path, test_path = find_data(args.data_file), args.test_file and find_data(args.test_file)
     files = [path.resolve() for path in (log_path, last_path, best_path, previous_path, data_path,
                                          test_path or Path(os.devnull))]
+    for path in (path for path in files[:4] if path.is_dir()):
+        raise UserError(f"cannot write {path}: Is a directory")
     if len(set(files)) < len(files):
         raise UserError("--log-file, --checkpoint and the data need different names")
     train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data_path, args.val_fraction, args.block_size)
@@ -1004,7 +1010,7 @@ def train(args, prog, command, held, linear=None):
         "dtype": str(dtype).removeprefix("torch."),
         "data_file": data_path.name, "data_sha256": sha256, "log_file": log_path.name,
         "checkpoint": last_path.name, "test_file": test_path and test_path.name}
-    once(lambda: lock(log_path, held))
+    once(lambda: claim(log_path, last_path, held))
     checkpoint = resume_point(args, settings, log_path, last_path, previous_path, best_path)
     total = args.epochs * args.steps_per_epoch
     if checkpoint and checkpoint["state"]["step"] == total and (

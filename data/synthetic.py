@@ -97,7 +97,9 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("synthetic.tokens"))
     args = parser.parse_args(argv)
-    for wrong, message in ((not 1 <= args.classes <= args.words, "--classes must be at least 1 and at most --words"),
+    for wrong, message in ((max(args.tokens, args.words, args.topics, args.classes) > 10**9,
+                            "--tokens, --words, --topics and --classes must be at most a billion"),
+                           (not 1 <= args.classes <= args.words, "--classes must be at least 1 and at most --words"),
                            (args.topics < 1, "--topics must be at least 1"),
                            (not 0 <= args.switch <= 1, "--switch must be between 0 and 1"),
                            (not 0 < args.val_fraction < 1, "--val-fraction must be between 0 and 1"),
@@ -109,8 +111,11 @@ def main(argv=None):
             parser.error(message)
 
     rng = np.random.default_rng(args.seed)
-    generator = make_generator(args.words, args.topics, args.classes, args.switch, rng)
-    text = sample(generator, args.tokens - args.words, rng)
+    try:
+        generator = make_generator(args.words, args.topics, args.classes, args.switch, rng)
+        text = sample(generator, args.tokens - args.words, rng)
+    except MemoryError:
+        parser.error("out of memory: lower --tokens, --words, --topics or --classes")
     held_out = args.tokens - int((1 - args.val_fraction) * args.tokens)
     floor = token_losses(generator, text)[-held_out:][1:].mean()  # v10 predicts every held-out token but the first
     names = np.array(spell(args.words, rng))

@@ -244,10 +244,12 @@ def test_a_lock_dies_with_its_process(run, straight, capsys):
                                "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)", log],
                               stdout=subprocess.PIPE)
     holder.stdout.readline()
+    half = log.with_suffix(".pt.tmp")
+    half.write_bytes(b"what the other run is writing")
     for flags in (["--resume"], ["--overwrite"]):
         run(*flags, code=2)
         assert f"another run is writing {log}" in capsys.readouterr().err
-    assert log.read_bytes() == before
+    assert (log.read_bytes(), half.read_bytes()) == (before, b"what the other run is writing")
     holder.kill()
     holder.communicate()
     run("--resume")

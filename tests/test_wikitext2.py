@@ -16,7 +16,8 @@ XML = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of `files`, {path: bytes, a status, or (bytes, claimed length)}, in the place of the real addresses."""
+    """A server of `files`, {path: bytes, a status, (bytes, claimed length), or the path that it redirects to}, in the
+    place of the real addresses."""
     files, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,6 +26,11 @@ def server(tmp_path, monkeypatch):
             answer = files.get(self.path, 404)
             if isinstance(answer, int):
                 return self.send_error(answer)
+            if isinstance(answer, str):
+                self.send_response(302)
+                self.send_header("Location", answer)
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             body, length = answer if isinstance(answer, tuple) else (answer, len(answer))
             self.send_response(200)
             self.send_header("Content-Length", str(length))
@@ -72,13 +78,21 @@ def test_good_files_are_written_under_their_names(server, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [404, 403, XML, GOOD["train"][:-1], (GOOD["train"][:-9], len(GOOD["train"])),
-                                 GOOD["train"][:-1] + b"x", b""],
-                         ids=["404", "403", "web page", "short", "dropped", "wrong checksum", "empty"])
+                                 GOOD["train"][:-1] + b"x", b"", "/pinned/train.txt", "/nowhere", "//", "ftp://x/y"],
+                         ids=["404", "403", "web page", "short", "dropped", "wrong checksum", "empty", "redirect loop",
+                              "redirect to nothing", "redirect to no address", "redirect to another protocol"])
 def test_a_bad_source_is_replaced_by_the_next_one(server, tmp_path, monkeypatch, bad):
     server[0].update(texts() | {"/pinned/train.txt": bad, "/main/train.txt": bad, "/v1.zip": zipped(monkeypatch)})
     assert wikitext2.main(["--out", str(tmp_path)]) == 0
     assert fetched(tmp_path) == WHOLE
     assert server[1][-1] == "/v1.zip"
+
+
+def test_a_redirect_is_followed(server, tmp_path):
+    server[0].update(texts("elsewhere") | {f"/pinned/{name}.txt": f"/elsewhere/{name}.txt" for name in GOOD})
+    assert wikitext2.main(["--out", str(tmp_path)]) == 0
+    assert fetched(tmp_path) == WHOLE
+    assert server[1][-1] == "/elsewhere/test.txt"
 
 
 def test_what_a_source_delivered_before_it_failed_is_not_fetched_again(server, tmp_path):

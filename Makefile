@@ -24,7 +24,7 @@ DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
-.PHONY: help setup data demo train reproduce baseline plots reference bench test lint clean
+.PHONY: help setup data demo train reproduce baseline plots reference bench test soak fuzz lint clean
 
 help:           ## print this
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -73,12 +73,19 @@ reference: $(READY) ## the tables and figures that the README shows, from logs/r
 	$(PY) plot_logs.py $(addprefix logs/reference/demo/,$(DEMO_LOGS))
 	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl
 	$(PY) bench.py --show logs/reference/bench.json
+	$(PY) tests/soak.py --show logs/reference/soak.jsonl
 
 bench: $(READY) ## speed and memory as ratios, at the report's size: a quarter of an hour
 	$(PY) bench.py $(ARGS)
 
 test: $(DEV)    ## the tests, a few minutes
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+soak: $(DEV)    ## kill small runs 33 times, resume them, compare: 5 to 10 minutes
+	$(PY) tests/soak.py $(ARGS)
+
+fuzz: $(DEV)    ## mutated inputs for all that reads a file, 2,000 cases a target: a minute
+	$(PY) tests/fuzz.py $(ARGS)
 
 lint: $(DEV)    ## ruff
 	$(PY) -m ruff check .

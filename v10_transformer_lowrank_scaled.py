@@ -532,7 +532,7 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
                     if rank != layers[i].rank}
 
 
-# ---- Safety: interruptions, the log and checkpoints ------------------------------------------------------------------
+# ---- Safety: interruptions, the log, checkpoints, numbers ------------------------------------------------------------
 
 @contextlib.contextmanager
 def noted_signals():
@@ -676,6 +676,56 @@ def load(path):
         raise UserError(f"{path} is of another version of this suite: {found}, where this one reads {FORMAT}")
     raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
 
+
+def resume_point(args, settings, log, last, previous, best):
+    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
+    found = [path for path in (log, last, previous, best) if path.exists() and path.stat().st_size]
+    if not args.resume:
+        if found and not args.overwrite:
+            raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
+                            "--log-file NAME writes elsewhere")
+        return None
+    if not found:
+        raise UserError(f"nothing to resume: there is no {log} and no {last}")
+    if last not in found and previous not in found:
+        say(f"{log} has no checkpoint yet: starting over")
+        return None
+    if last not in found:  # a crash between two renames, or the user's choice
+        say(f"{last} is missing: going on from the one before it, {previous}")
+        last = previous
+    try:
+        checkpoint = load(last)
+    except UserError as error:
+        with contextlib.suppress(UserError):  # `previous` may be missing, or as bad
+            step = load(previous)["state"]["step"]
+            error = UserError(f"{error}; the one before it, {previous}, is good: remove {last}, and --resume goes on "
+                              f"from step {step:,}")
+        raise error from None
+    if "settings" not in checkpoint:
+        raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
+    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command")
+    changed = [f"{name} was {checkpoint['settings'].get(name)} and is now {value}" for name, value in settings.items()
+               if name not in free and value != checkpoint["settings"].get(name)]
+    if changed:
+        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs and "
+                        "--checkpoint-minutes may change")
+    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
+        raise UserError(f"{last} is already past --epochs {args.epochs}")
+    if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
+        raise UserError(f"{log} is missing, or shorter than when {last} was written")
+    if args.lr_schedule == "cosine" and args.epochs != checkpoint["settings"]["epochs"]:
+        say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
+    return checkpoint
+
+
+def check_finite(loss, epoch, step, last):
+    """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"epoch {epoch}, step {step}: a loss or its gradient is not finite: in a new run, {TRY}"
+                            + f". {last} keeps the last good state" * last.exists())
+
+
+# ---- Models in files -------------------------------------------------------------------------------------------------
 
 def model_content(model, vocabulary):
     """What it takes to build the model again, for save()."""
@@ -888,47 +938,6 @@ def pick_device(args):
     return torch.device(name), getattr(torch, dtype)
 
 
-def resume_point(args, settings, log, last, previous, best):
-    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
-    found = [path for path in (log, last, previous, best) if path.exists() and path.stat().st_size]
-    if not args.resume:
-        if found and not args.overwrite:
-            raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
-                            "--log-file NAME writes elsewhere")
-        return None
-    if not found:
-        raise UserError(f"nothing to resume: there is no {log} and no {last}")
-    if last not in found and previous not in found:
-        say(f"{log} has no checkpoint yet: starting over")
-        return None
-    if last not in found:  # a crash between two renames, or the user's choice
-        say(f"{last} is missing: going on from the one before it, {previous}")
-        last = previous
-    try:
-        checkpoint = load(last)
-    except UserError as error:
-        with contextlib.suppress(UserError):  # `previous` may be missing, or as bad
-            step = load(previous)["state"]["step"]
-            error = UserError(f"{error}; the one before it, {previous}, is good: remove {last}, and --resume goes on "
-                              f"from step {step:,}")
-        raise error from None
-    if "settings" not in checkpoint:
-        raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
-    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command")
-    changed = [f"{name} was {checkpoint['settings'].get(name)} and is now {value}" for name, value in settings.items()
-               if name not in free and value != checkpoint["settings"].get(name)]
-    if changed:
-        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs and "
-                        "--checkpoint-minutes may change")
-    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
-        raise UserError(f"{last} is already past --epochs {args.epochs}")
-    if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
-        raise UserError(f"{log} is missing, or shorter than when {last} was written")
-    if args.lr_schedule == "cosine" and args.epochs != checkpoint["settings"]["epochs"]:
-        say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
-    return checkpoint
-
-
 def default_grad_accum(windows, block_size, device):
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
     to its caches (faster, and half the memory); elsewhere one, which keeps the device busy."""
@@ -971,13 +980,6 @@ def compile_blocks(model):
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     for block in model.blocks:
         block.compile(dynamic=True)
-
-
-def check_finite(loss, epoch, step, last):
-    """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
-    if not math.isfinite(loss):
-        raise TrainingError(f"epoch {epoch}, step {step}: a loss or its gradient is not finite: in a new run, {TRY}"
-                            + f". {last} keeps the last good state" * last.exists())
 
 
 NEW_EPOCH = {"loss_sum": 0.0, "time_sec": 0.0, "eval_sec": 0.0, "rank_sec": 0.0, "resized": 0, "update": NO_UPDATE}

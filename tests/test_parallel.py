@@ -71,20 +71,25 @@ def test_two_processes_train_as_one_does(run, text, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on_from_its_last_epoch(text, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(text, tmp_path, victim, number):
     log = tmp_path / "two.jsonl"
-    flags = ["--dropout", "0.1", "--rank-interval", "3", "--steps-per-epoch", "10"]
+    flags = ["--dropout", "0.1", "--rank-interval", "3", "--steps-per-epoch", "10", "--checkpoint-minutes", "0.001"]
     processes = two_processes(text, log, *flags, "--epochs", "1000")
     while not log.exists() or len(records(log, "epoch")) < 2:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
-    processes[victim].send_signal(signal.SIGKILL)
-    processes[victim].communicate()
+    processes[victim].send_signal(number)
+    _, its = processes[victim].communicate(timeout=60)
     _, said = processes[1 - victim].communicate(timeout=60)
-    assert processes[1 - victim].returncode == 1
-    assert said.count("\n") == 1
-    assert f"process {1 - victim}: error: the connection to another process is lost" in said
+    if number == signal.SIGKILL:
+        assert processes[1 - victim].returncode == 1
+        assert said.count("\n") == 1
+        assert f"process {1 - victim}: error: the connection to another process is lost" in said
+    else:
+        assert [process.returncode for process in processes] == [143, 143]
+        assert (said.count("\n"), its) == (1, "")
+        assert "is saved" in said
     epochs = str(v10.load(log.with_suffix(".pt"))["state"]["step"] // 10 + 1)
     for name, more in (("two", ["--resume"]), ("straight", [])):
         both = two_processes(text, tmp_path / f"{name}.jsonl", *flags, "--epochs", epochs, *more)

@@ -2,13 +2,16 @@
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 
 import bench
 import plot_logs
+import soak
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records
+from test_input import ROWS
 from test_training import replay
 
 README = (ROOT / "README.md").read_text()
@@ -55,6 +58,19 @@ def test_the_controller_replays_the_reference_logs():
 
 def test_its_speed_is_what_bench_measured():
     assert bench.section(json.loads((DEMO.parent / "bench.json").read_text())) in README
+
+
+def test_its_kills_are_those_of_the_soak_and_nothing_was_lost():
+    found = records(DEMO.parent / "soak.jsonl")
+    assert soak.table(found) in README
+    assert (found[-1]["lost"], found[-1]["differing"], found[-1]["tensors"]) == (0, 0, 0)
+    kills = Counter(record["moment"] for record in found[:-1])
+    assert kills[soak.RANDOM] >= 15
+    assert all(kills[moment] >= 3 for moment in soak.CHOSEN)
+
+
+def test_it_says_how_many_wrong_inputs_are_tried():
+    assert f"{len(ROWS)} wrong inputs" in README
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))

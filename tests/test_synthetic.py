@@ -89,14 +89,3 @@ def test_the_committed_corpus_is_what_the_script_makes(tmp_path):
     for name in ("synthetic.tokens", "synthetic.json"):
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes()
     assert len(out.read_text().split()) == 200_000
-
-
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--words", "0"], "--classes"), (["--tokens", "100"], "--tokens"), (["--switch", "2"], "--switch"),
-    (["--val-fraction", "1"], "--val-fraction"), (["--topics", "0"], "--topics"), (["--seed", "-1"], "--seed"),
-    (["--out", "a.json"], ".json"), (["--out", "/nowhere/a.tokens"], "cannot write")])
-def test_a_users_mistake_is_exit_code_2(flags, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        synthetic.main(["--tokens", "2000", "--words", "100", *flags])
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err

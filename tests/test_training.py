@@ -331,30 +331,6 @@ def test_a_loaded_model_is_the_one_that_was_trained(run):
     assert dense.ranks() == []
 
 
-def test_a_damaged_checkpoint_is_an_error(run, capsys):
-    log = run("--epochs", 2)
-    log.with_suffix(".pt").write_bytes(log.with_suffix(".pt").read_bytes()[:-1000])
-    run("--resume", code=2)
-    assert "damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--data-file", "/nowhere/text"], "cannot read /nowhere/text"), (["--epochs", "0"], "at least 1"),
-    (["--lr", "nan"], "out of range"), (["--d-model", "15"], "not a multiple of --n-heads"),
-    (["--init-rank", "17"], "not between 2 and 16"), (["--min-rank", "13"], "not between 13 and 16"),
-    (["--block-size", "400"], "a block needs 401"), (["--unknown"], "unrecognized arguments"),
-    (["--resume", "--overwrite"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing"),
-    (["--power-iterations", "-1"], "at least 0"), (["--safety-factor", "0"], "above 0"),
-    (["--change-threshold", "x"], "not a number"), (["--batch-size", "2.5"], "not a whole number"),
-    (["--device", "tpu"], "invalid choice"), (["--max-rank", "11"], "not between 2 and 11")])
-def test_a_users_mistake_is_one_line_and_exit_code_2(run, capsys, flags, said):
-    log = run(*flags, code=2)
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert not log.exists()
-
-
 def test_the_real_command_trains_with_plain_lines_where_there_is_no_terminal(text, tmp_path):
     command = [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text.name, *SMALL, *RANKS,
                "--log-file", "new/log.jsonl"]

@@ -91,5 +91,5 @@ lint: $(DEV)    ## ruff
 	$(PY) -m ruff check .
 
 clean:          ## remove the environment and caches; never logs or data
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -564,37 +565,58 @@ def writing(path):
         raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
 
 
-def claim(path, last, held):
-    """Lock the log, made where there is none, until the ExitStack `held` ends, or the process, however it does. Raises
-    UserError where another run has it, where it is no log, or where it or the checkpoint `last` cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = held.enter_context(open(path, "a+b"))
-    try:
-        if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing {path}: wait for it, or choose another --log-file") from None
-    except OSError:  # a file system without locks
-        pass
-    held.callback(lambda: path.is_file() and not path.stat().st_size and path.unlink())  # a run that never began
-    log.seek(0)
-    if not b'{"kind": "run"'.startswith(log.read(14)):
-        raise UserError(f"{path} is not a log of this suite: choose another --log-file")
-    with writing(last):
-        last.parent.mkdir(parents=True, exist_ok=True)
-        temporary(last).touch()
-        temporary(last).unlink()
+class Files(NamedTuple):
+    """What a run writes: its log, the last checkpoint, the one before it, and the model of lowest validation loss."""
 
+    log: Path
+    last: Path
+    previous: Path
+    best: Path
 
-def make_way(checkpoint, log, last, *others):
-    """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left, its
-    log last, so that what a crash leaves can always be resumed."""
-    with writing(last):
-        for path in () if checkpoint else (*others, last):
-            path.unlink(missing_ok=True)
-        if log.stat().st_size:
-            os.truncate(log, checkpoint["log_bytes"] if checkpoint else 0)
+    @classmethod
+    def named(cls, args, *data):
+        """As the flags have it. Raises UserError where a name is none, a folder's, or that of a `data` file."""
+        for flag, name in (("--log-file", args.log_file), ("--checkpoint", args.checkpoint)):
+            if name is not None and not Path(name).name:
+                raise UserError(f"{flag} needs the name of a file")
+        last = Path(args.checkpoint or Path(args.log_file).with_suffix(".pt"))
+        files = cls(Path(args.log_file), last, *(last.with_suffix(kind + last.suffix) for kind in (".prev", ".best")))
+        for path in (path for path in files if path.is_dir()):
+            raise UserError(f"cannot write {path}: Is a directory")
+        if len({path.resolve() for path in (*files, *data)}) < len((*files, *data)):
+            raise UserError("--log-file, --checkpoint and the data need different names")
+        return files
+
+    def claim(self, held):
+        """Lock the log, made where there is none, until the ExitStack `held` ends, or the process, however it does.
+        Raises UserError where another run has it, where it is no log, or where a file cannot be written."""
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            log = held.enter_context(open(self.log, "a+b"))
+        try:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {self.log}: wait for it, or choose another --log-file") from None
+        except OSError:  # a file system without locks
+            pass
+        held.callback(lambda: self.log.is_file() and not self.log.stat().st_size and self.log.unlink())  # never began
+        log.seek(0)
+        if not b'{"kind": "run"'.startswith(log.read(14)):
+            raise UserError(f"{self.log} is not a log of this suite: choose another --log-file")
+        with writing(self.last):
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            temporary(self.last).touch()
+            temporary(self.last).unlink()
+
+    def make_way(self, checkpoint):
+        """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left,
+        its log last, so that what a crash leaves can always be resumed."""
+        with writing(self.last):
+            for path in () if checkpoint else (self.previous, self.best, self.last):
+                path.unlink(missing_ok=True)
+            if self.log.stat().st_size:
+                os.truncate(self.log, checkpoint["log_bytes"] if checkpoint else 0)
 
 
 def temporary(path):
@@ -609,14 +631,13 @@ def write_record(path, kind, **fields):
 
     def append():
         with writing(path), open(path, "ab", buffering=0) as log:
-            size, left = os.fstat(log.fileno()).st_size, line
+            size, left = log.tell(), line
             try:
                 while left:
                     left = left[log.write(left):]
                 os.fsync(log.fileno())
             except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(log.fileno(), size)
+                log.truncate(size)
                 raise
     once(append)
 
@@ -628,9 +649,8 @@ def sha256_of(file, size):
     """The SHA-256, in hexadecimal, of the first `size` bytes of an open file."""
     digest = hashlib.sha256()
     file.seek(0)
-    while size > 0 and (part := file.read(min(size, 2**20))):
-        digest.update(part)
-        size -= len(part)
+    for start in range(0, size, 2**20):
+        digest.update(file.read(min(size - start, 2**20)))
     return digest.hexdigest().encode()
 
 
@@ -677,9 +697,10 @@ def load(path):
     raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
 
 
-def resume_point(args, settings, log, last, previous, best):
+def resume_point(args, settings, files):
     """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
-    found = [path for path in (log, last, previous, best) if path.exists() and path.stat().st_size]
+    log, last, previous, _ = files
+    found = [path for path in files if path.exists() and path.stat().st_size]
     if not args.resume:
         if found and not args.overwrite:
             raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
@@ -726,12 +747,6 @@ def check_finite(loss, epoch, step, last):
 
 
 # ---- Models in files -------------------------------------------------------------------------------------------------
-
-def model_content(model, vocabulary):
-    """What it takes to build the model again, for save()."""
-    return {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(), "vocabulary": vocabulary,
-            "model": model.state_dict()}
-
 
 def build_model(content, linear=None):
     """The model of a checkpoint's content. `linear(n, m)` makes its linear layers; by default factored ones of the
@@ -790,6 +805,11 @@ def perplexity(loss):
     return math.exp(min(loss, 700))  # exp overflows at 709.8
 
 
+def best_epoch(epochs):
+    """The epoch of lowest validation loss, the first of several."""
+    return min(epochs, key=lambda epoch: epoch["val_loss"])
+
+
 def device_name(device):
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name() if device.type == "cuda" else threads
@@ -818,30 +838,28 @@ class Progress:
 
     def __init__(self, done, total, overhead):
         self.bar = tqdm(total=total, initial=done, disable=process() > 0 or None, unit="step", dynamic_ncols=True)
-        self.first, self.done, self.total, self.overhead = done, done, total, overhead
+        self.count, self.left, self.overhead = 0, total - done, overhead
         self.began = self.shown = time.monotonic()
 
     def step(self, text):
         """One more step. text() says how it goes; it waits for the device, so it is called only to be shown."""
-        self.done += 1
         self.bar.update()
-        count = self.done - self.first
+        self.count, self.left = self.count + 1, self.left - 1
         due = time.monotonic() - self.shown > (30 if self.bar.disable else 1)
-        if not due and count not in (1, 4):
+        if not due and self.count not in (1, 4):
             return
-        status = text()
+        status, self.shown = text(), time.monotonic()
         self.bar.set_postfix_str(status)
-        if count == 1:  # the first step warms up and is not counted
-            self.began = time.monotonic()
+        if self.count == 1:  # the first step warms up and is not counted
+            self.began = self.shown
             return
-        seconds = (time.monotonic() - self.began) / (count - 1) * (self.total - self.done) * (1 + self.overhead)
-        left = f"about {tqdm.format_interval(seconds)} to go"
-        if count == 4 and seconds > 5:
-            say(f"this run will take {left.removesuffix(' to go')}"
+        seconds = (self.shown - self.began) / (self.count - 1) * self.left * (1 + self.overhead)
+        time_left = tqdm.format_interval(seconds)
+        if self.count == 4 and seconds > 5:
+            say(f"this run will take about {time_left}"
                 + "; --resume continues an interrupted one, `make demo` takes minutes" * (seconds > 3600))
         elif due and self.bar.disable:
-            say(f"  step {self.done:,}/{self.total:,}: {status}; {left}")
-        self.shown = time.monotonic()
+            say(f"  step {self.bar.total - self.left:,}/{self.bar.total:,}: {status}; about {time_left} to go")
 
 
 def say(text):
@@ -982,7 +1000,7 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-NEW_EPOCH = {"loss_sum": 0.0, "time_sec": 0.0, "eval_sec": 0.0, "rank_sec": 0.0, "resized": 0, "update": NO_UPDATE}
+NEW_EPOCH = {"loss_sum": 0.0, "time_sec": 0.0, "rank_sec": 0.0, "resized": 0, "update": NO_UPDATE}
 
 
 def train(args, prog, command, held, linear=None):
@@ -991,33 +1009,23 @@ def train(args, prog, command, held, linear=None):
     # 1) whatever is wrong with the request is found before any long work
     device, dtype = pick_device(args)
     args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
-    log_path = Path(args.log_file)
-    if not log_path.name or args.checkpoint and not Path(args.checkpoint).name:
-        raise UserError(f"--{'checkpoint' if log_path.name else 'log-file'} needs the name of a file")
-    last_path = Path(args.checkpoint) if args.checkpoint else log_path.with_suffix(".pt")
-    best_path, previous_path = (last_path.with_suffix(kind + last_path.suffix) for kind in (".best", ".prev"))
-    data_path, test_path = find_data(args.data_file), args.test_file and find_data(args.test_file)
-    files = [path.resolve() for path in (log_path, last_path, best_path, previous_path, data_path,
-                                         test_path or Path(os.devnull))]
-    for path in (path for path in files[:4] if path.is_dir()):
-        raise UserError(f"cannot write {path}: Is a directory")
-    if len(set(files)) < len(files):
-        raise UserError("--log-file, --checkpoint and the data need different names")
-    train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data_path, args.val_fraction, args.block_size)
-    test = encode(read_words(test_path)[0], vocabulary).to(device) if test_path else None
-    if test is not None and len(test) < 2:
-        raise UserError(f"{args.test_file} has {len(test)} words; a test needs 2 or more")
+    data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
+    files = Files.named(args, data, *tests)
+    train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size)
+    tests = [encode(read_words(path)[0], vocabulary).to(device) for path in tests]
+    if tests and len(tests[0]) < 2:
+        raise UserError(f"{args.test_file} has {len(tests[0])} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": prog, "command": command, "processes": processes(), "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "data_file": data_path.name, "data_sha256": sha256, "log_file": log_path.name,
-        "checkpoint": last_path.name, "test_file": test_path and test_path.name}
-    once(lambda: claim(log_path, last_path, held))
-    checkpoint = resume_point(args, settings, log_path, last_path, previous_path, best_path)
+        "dtype": str(dtype).removeprefix("torch."), "data_sha256": sha256} | {
+        name: value and Path(value).name for name, value in (("data_file", data), ("test_file", args.test_file),
+                                                             ("log_file", files.log), ("checkpoint", files.last))}
+    once(lambda: files.claim(held))
+    checkpoint = resume_point(args, settings, files)
     total = args.epochs * args.steps_per_epoch
     if checkpoint and checkpoint["state"]["step"] == total and (
-            re.search(rb'"kind": "end".*\n', log_path.read_bytes()[checkpoint["log_bytes"]:])):
-        say(f"{log_path} is finished: {args.epochs} epochs. A larger --epochs continues it.")
+            re.search(rb'"kind": "end".*\n', files.log.read_bytes()[checkpoint["log_bytes"]:])):
+        say(f"{files.log} is finished: {args.epochs} epochs. A larger --epochs continues it.")
         return
 
     # 2) the model, its optimizer and controllers, and a random generator for each use of randomness
@@ -1047,8 +1055,7 @@ def train(args, prog, command, held, linear=None):
         rank_generator.set_state(checkpoint["generators"]["rank"])
         dropout_rng.set_rng_state(checkpoint["generators"]["dropout"][process()])
     else:
-        state = {"step": 0, "seconds": 0.0, "train_seconds": 0.0, "best_epoch": 0, "best_loss": math.inf,
-                 "final_loss": None, "ema": [float(rank) for rank in model.ranks()],
+        state = {"step": 0, "seconds": 0.0, "epochs": [], "ema": [float(rank) for rank in model.ranks()],
                  "part": NEW_EPOCH | {"loss_sum": [0.0] * processes()}}
 
     # 3) the leak check, and the log, which begins with a record of the run
@@ -1060,12 +1067,12 @@ def train(args, prog, command, held, linear=None):
     if leak["leaks"] and args.attention == "causal":
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
-    once(lambda: make_way(checkpoint, log_path, last_path, previous_path, best_path))
+    once(lambda: files.make_way(checkpoint))
     if checkpoint:
-        write_record(log_path, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
+        write_record(files.log, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
                      epochs=args.epochs, command=command)
     else:
-        write_record(log_path, "run", **settings, device_name=device_name(device),
+        write_record(files.log, "run", **settings, device_name=device_name(device),
                      versions={"python": platform.python_version(), "torch": torch.__version__},
                      vocab_size=len(vocabulary), train_tokens=len(train_tokens), val_tokens=len(val_tokens),
                      parameters=count_parameters(model), factor_parameters=count_parameters(*layers),
@@ -1075,7 +1082,7 @@ def train(args, prog, command, held, linear=None):
     say(f"{prog}: {count_parameters(model):,} parameters, {count_parameters(*layers):,} of them in {len(layers)} "
         f"linear layers; {settings['dtype']} on {device_name(device)}"
         + f", {processes()} processes" * (processes() > 1) + f", {args.grad_accum} parts a step" * (args.grad_accum > 1)
-        + f"\n{data_path.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
+        + f"\n{data.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
         f"{len(vocabulary):,} words" + (f", entropy floor {floor:.3f}" if floor else ""))
     if leak["leaks"]:
         say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
@@ -1086,26 +1093,28 @@ def train(args, prog, command, held, linear=None):
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     trained = parallel(model)
     progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
-    part = state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
+    epochs, part = state["epochs"], state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
     start, saved = now(device) - part["time_sec"], time.monotonic()
     with noted_signals() as signals, progress.bar:
         for step in range(state["step"] + 1, total + 1):
-            epoch, ends = (step - 1) // steps + 1, step % steps == 0
+            epoch, updates, ends = (step - 1) // steps + 1, step % interval == 0, step % steps == 0
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)  # the same everywhere
-            share = (part_.chunk(processes())[process()] for part_ in batch)
+            share = (x.chunk(processes())[process()] for x in batch)
             part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum, part["loss_sum"])
             progress.step(lambda: f"loss {part['loss_sum'].item() / ((step - 1) % steps + 1):.3f}"  # noqa: B023
                           + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
-            if device.type != "cuda" or step % 10 == 0 or step % interval == 0 or ends:  # to look is to wait for CUDA
-                check_finite(part["loss_sum"].item(), epoch, step, last_path)
+            if not (updates or ends or step % 10 == 0 or device.type != "cuda"):
+                continue  # to look at the loss is to wait for CUDA
+            loss_sum = part["loss_sum"].item()
+            check_finite(loss_sum, epoch, step, files.last)
             if ends:
                 paused = now(device)
                 val_loss = evaluate(model, val_tokens, args.batch_size)
-                check_finite(val_loss, epoch, step, last_path)
-                part["eval_sec"] = now(device) - paused
-            if step % interval == 0:
+                check_finite(val_loss, epoch, step, files.last)
+                eval_sec = now(device) - paused
+            if updates:
                 paused = now(device)
                 trained = None
                 part["update"], changed = update_ranks(layers, controllers, state["ema"], optimizer, args,
@@ -1113,73 +1122,73 @@ def train(args, prog, command, held, linear=None):
                 trained = parallel(model)
                 part |= {"resized": part["resized"] + changed, "rank_sec": part["rank_sec"] + now(device) - paused}
                 if not ends:  # the last one of an epoch is in the epoch's record
-                    write_record(log_path, "ranks", step=step, **part["update"], ranks=model.ranks(), resized=changed)
+                    write_record(files.log, "ranks", step=step, **part["update"], ranks=model.ranks(), resized=changed)
             if ends:
                 time_sec, ranks = now(device) - start, model.ranks()
-                train_sec = time_sec - part["eval_sec"] - part["rank_sec"]
-                record = {
+                train_sec = time_sec - eval_sec - part["rank_sec"]
+                epochs.append({
                     "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch,
-                    "train_loss": fmean(gather(part["loss_sum"].item())) / steps, "val_loss": val_loss,
+                    "train_loss": fmean(gather(loss_sum)) / steps, "val_loss": val_loss,
                     "val_ppl": perplexity(val_loss), "lr": optimizer.param_groups[0]["lr"],
                     "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
                     "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **part["update"],
                     "resized": part["resized"], "params_millions": count_parameters(model) / 1e6,
                     "factor_params_millions": count_parameters(*layers) / 1e6, "time_sec": time_sec,
-                    "train_sec": train_sec, "eval_sec": part["eval_sec"], "rank_sec": part["rank_sec"],
-                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)}
-                write_record(log_path, "epoch", **record)
-                state |= {"final_loss": val_loss, "train_seconds": state["train_seconds"] + train_sec}
+                    "train_sec": train_sec, "eval_sec": eval_sec, "rank_sec": part["rank_sec"],
+                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)})
+                write_record(files.log, "epoch", **epochs[-1])
             late = time.monotonic() - saved > 60 * args.checkpoint_minutes
             stop = max(gather(signals[0] if signals else int(late)))
             if not ends and not stop:
                 continue
-            check_finite(part["loss_sum"].item(), epoch, step, last_path)
-            part = dict(NEW_EPOCH) if ends else part | {"time_sec": now(device) - start}
+            part = dict(NEW_EPOCH) if ends else part | {"loss_sum": loss_sum, "time_sec": now(device) - start}
             state |= {"step": step, "seconds": time.perf_counter() - began,
-                      "part": part | {"loss_sum": gather(float(part["loss_sum"]))}}
-            content, dropout_states = model_content(model, vocabulary), gather(dropout_rng.get_rng_state())
-            if ends and val_loss < state["best_loss"]:
-                state |= {"best_loss": val_loss, "best_epoch": epoch}
-                save(best_path, content)
-            save(last_path, content | {
-                "state": state, "settings": settings, "log_bytes": log_path.stat().st_size,
+                      "part": part | {"loss_sum": gather(part["loss_sum"])}}
+            content = {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(),
+                       "vocabulary": vocabulary, "model": model.state_dict()}
+            dropout_states = gather(dropout_rng.get_rng_state())
+            if ends and best_epoch(epochs) is epochs[-1]:
+                save(files.best, content)
+            save(files.last, content | {
+                "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
                 "optimizer": optimizer.state_dict(), "generators": {
                     "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
-                    "dropout": dropout_states}}, previous_path)
+                    "dropout": dropout_states}}, files.previous)
             if ends:
-                say(f"epoch {epoch:3}/{args.epochs}  train {record['train_loss']:.3f}  val {val_loss:.3f}  "
+                say(f"epoch {epoch:3}/{args.epochs}  train {epochs[-1]['train_loss']:.3f}  val {val_loss:.3f}  "
                     f"ppl {perplexity(val_loss):.1f}"
                     + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
-                    + f"  {record['params_millions']:.2f}M parameters  {time_sec:.1f} s"
-                    + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
+                    + f"  {count_parameters(model) / 1e6:.2f}M parameters  {time_sec:.1f} s"
+                    + f"  {tokens_per_epoch / train_sec:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
             if stop > 1 and step < total:
-                raise KeyboardInterrupt(128 + stop, f"interrupted; step {step:,} of {total:,} is saved in {last_path}: "
-                                        "the same command with --resume goes on from there")
+                raise KeyboardInterrupt(128 + stop, f"interrupted; step {step:,} of {total:,} is saved in "
+                                        f"{files.last}: the same command with --resume goes on from there")
             start, saved = now(device) - part["time_sec"], time.monotonic()
 
     # 5) test losses, the last record, a summary
-    end = {"best_epoch": state["best_epoch"], "best_val_loss": state["best_loss"],
-           "final_val_loss": state["final_loss"], "test_loss_best": None, "test_loss_last": None}
-    if test is not None:
+    best = best_epoch(epochs)
+    end = {"best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "final_val_loss": epochs[-1]["val_loss"],
+           "test_loss_best": None, "test_loss_last": None}
+    for test in tests:
         end["test_loss_last"] = evaluate(model, test, args.batch_size)
         try:
-            best = build_model(load(best_path)).to(device)  # evaluation has waited for process 0 and its files
-            best.bfloat16 = model.bfloat16
-            end["test_loss_best"] = evaluate(best, test, args.batch_size)
+            best_model = build_model(load(files.best)).to(device)  # evaluation has waited for process 0 and its files
+            best_model.bfloat16 = model.bfloat16
+            end["test_loss_best"] = evaluate(best_model, test, args.batch_size)
         except UserError as error:
             say(f"*** no test loss of the best epoch: {error}")
-    write_record(log_path, "end", **end, total_sec=state["seconds"])
+    write_record(files.log, "end", **end, total_sec=state["seconds"])
     ranks, memory = model.ranks(), peak_memory_mb(device)
-    speed = args.epochs * tokens_per_epoch / state["train_seconds"]
+    speed = args.epochs * tokens_per_epoch / sum(record["train_sec"] for record in epochs)
     say(f"done: {args.epochs} epochs in {tqdm.format_interval(state['seconds'])}, {speed:,.0f} training tokens/s"
         + (f", peak memory {memory:,.0f} MB" if memory else ""))
     for name in ("best_val_loss", "final_val_loss", "test_loss_best", "test_loss_last"):
         if end[name] is not None:
             say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}"
-                + f" (epoch {state['best_epoch']})" * ("best" in name) + "; SEES ITS TARGETS" * leak["leaks"])
+                + f" (epoch {best['epoch']})" * ("best" in name) + "; SEES ITS TARGETS" * leak["leaks"])
     say((f"ranks: {args.init_rank} -> {fmean(ranks):.1f} on average ({min(ranks)}-{max(ranks)}); " if ranks else "")
         + f"parameters in use: {count_parameters(model):,}, {count_parameters(*layers):,} of them in the linear layers")
-    say(f"log: {log_path}; checkpoints: {last_path} (last), {best_path} (best)")
+    say(f"log: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1192,17 +1201,14 @@ class Parser(argparse.ArgumentParser):
 def number(kind, least=-math.inf, above=-math.inf, below=None):
     """An argparse type: a finite number of this kind within these bounds; a whole one is below 2^31 unless told."""
     below = below or (2**31 if kind is int else math.inf)
+    bounds = [f" {word} {bound:,}" for word, bound in (("at least", least), ("above", above), ("below", below))
+              if math.isfinite(bound)]
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if least <= value < below and value > above and math.isfinite(value):
-            return value
-        bounds = [f"{word} {bound:,}" for word, bound in (("at least", least), ("above", above), ("below", below))
-                  if math.isfinite(bound)]
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds) or 'finite'}")
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) < below and value > above:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number{' and'.join(bounds)}")
     return parse
 
 

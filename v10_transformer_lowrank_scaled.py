@@ -17,6 +17,9 @@ Spectral Rank Estimation" (December 2025); "report 2.3" below is its section 2.3
 What it is not: a way to a perplexity of 3.17. The report's attention had no causal mask, so its model saw the word
 that it had to predict. Here attention is causal unless asked otherwise, and every run begins with a check.
 
+The method comes first, down to the optimizer. Then comes what makes a run of it: safety, evaluation, several processes,
+the training loop, and the flags.
+
 Shapes: B batch, T tokens, C channels (d_model), R rank, V words in the vocabulary; a factored layer has m outputs and
 n inputs. Losses are in nats per token.
 """
@@ -834,11 +837,11 @@ def now(device):
 
 class Progress:
     """One tqdm bar for the whole run, or where there is no terminal a plain line every half minute; after the first
-    steps, how long the run will take. `overhead` is the share that evaluation adds to the time of the steps."""
+    steps, how long the run will take."""
 
-    def __init__(self, done, total, overhead):
+    def __init__(self, done, total):
         self.bar = tqdm(total=total, initial=done, disable=process() > 0 or None, unit="step", dynamic_ncols=True)
-        self.count, self.left, self.overhead = 0, total - done, overhead
+        self.count, self.left = 0, total - done
         self.began = self.shown = time.monotonic()
 
     def step(self, text):
@@ -853,7 +856,7 @@ class Progress:
         if self.count == 1:  # the first step warms up and is not counted
             self.began = self.shown
             return
-        seconds = (self.shown - self.began) / (self.count - 1) * self.left * (1 + self.overhead)
+        seconds = (self.shown - self.began) / (self.count - 1) * self.left
         time_left = tqdm.format_interval(seconds)
         if self.count == 4 and seconds > 5:
             say(f"this run will take about {time_left}"
@@ -1044,16 +1047,15 @@ def train(args, prog, command, held, linear=None):
     controllers = [] if args.fixed_rank else [
         RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
                        min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
-    batch_generator = torch.Generator().manual_seed(args.seed + 2)
-    rank_generator = torch.Generator().manual_seed(args.seed + 3)
+    generators = {name: torch.Generator().manual_seed(args.seed + i) for i, name in ((2, "batch"), (3, "rank"))}
     torch.manual_seed(args.seed + 1 + 1_000_003 * process())  # from here on dropout's: each process has its own
     dropout_rng = torch if device.type == "cpu" else torch.get_device_module(device)
     if checkpoint:
         state = checkpoint["state"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        batch_generator.set_state(checkpoint["generators"]["batch"])
-        rank_generator.set_state(checkpoint["generators"]["rank"])
-        dropout_rng.set_rng_state(checkpoint["generators"]["dropout"][process()])
+        for name, generator in generators.items():
+            generator.set_state(checkpoint["generators"][name])
+        dropout_rng.set_rng_state(checkpoint["dropout_states"][process()])
     else:
         state = {"step": 0, "seconds": 0.0, "epochs": [], "ema": [float(rank) for rank in model.ranks()],
                  "part": NEW_EPOCH | {"loss_sum": [0.0] * processes()}}
@@ -1092,7 +1094,7 @@ def train(args, prog, command, held, linear=None):
     steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     trained = parallel(model)
-    progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
+    progress = Progress(state["step"], total)
     epochs, part = state["epochs"], state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
     start, saved = now(device) - part["time_sec"], time.monotonic()
     with noted_signals() as signals, progress.bar:
@@ -1100,7 +1102,7 @@ def train(args, prog, command, held, linear=None):
             epoch, updates, ends = (step - 1) // steps + 1, step % interval == 0, step % steps == 0
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args)
-            batch = sample_batch(train_tokens, args.batch_size, args.block_size, batch_generator)  # the same everywhere
+            batch = sample_batch(train_tokens, args.batch_size, args.block_size, generators["batch"])  # same everywhere
             share = (x.chunk(processes())[process()] for x in batch)
             part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum, part["loss_sum"])
             progress.step(lambda: f"loss {part['loss_sum'].item() / ((step - 1) % steps + 1):.3f}"  # noqa: B023
@@ -1118,7 +1120,7 @@ def train(args, prog, command, held, linear=None):
                 paused = now(device)
                 trained = None
                 part["update"], changed = update_ranks(layers, controllers, state["ema"], optimizer, args,
-                                                       rank_generator)
+                                                       generators["rank"])
                 trained = parallel(model)
                 part |= {"resized": part["resized"] + changed, "rank_sec": part["rank_sec"] + now(device) - paused}
                 if not ends:  # the last one of an epoch is in the epoch's record
@@ -1151,9 +1153,8 @@ def train(args, prog, command, held, linear=None):
                 save(files.best, content)
             save(files.last, content | {
                 "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
-                "optimizer": optimizer.state_dict(), "generators": {
-                    "batch": batch_generator.get_state(), "rank": rank_generator.get_state(),
-                    "dropout": dropout_states}}, files.previous)
+                "optimizer": optimizer.state_dict(), "dropout_states": dropout_states,
+                "generators": {name: generator.get_state() for name, generator in generators.items()}}, files.previous)
             if ends:
                 say(f"epoch {epoch:3}/{args.epochs}  train {epochs[-1]['train_loss']:.3f}  val {val_loss:.3f}  "
                     f"ppl {perplexity(val_loss):.1f}"
@@ -1247,8 +1248,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     else:
         parser.set_defaults(fixed_rank=True, rank_interval=None)
     flag = parser.add_argument_group("training").add_argument
-    flag("--power-iterations", type=number(int, least=0, below=1000), default=5,
-         help="for the stable rank; 0 computes it exactly")
+    flag("--power-iterations", type=number(int, least=0, below=1000), default=5, help="for the stable rank; 0: exact")
     flag("--epochs", type=count, default=30, help="epochs in all, those before a --resume included")
     flag("--steps-per-epoch", type=count, default=200, help="optimizer steps an epoch")
     flag("--batch-size", type=number(int, least=1, below=2**20), default=32, help="windows of --block-size tokens")
@@ -1259,8 +1259,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
     flag("--grad-clip", type=number(float, least=0), default=0.0, help="largest norm of the gradient; 0: no clipping")
-    flag("--seed", type=number(int, least=0, below=2**63), default=0,
-         help="of initialisation, batches, dropout and rank estimation")
+    flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of weights, batches, dropout, estimates")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first one there")
     flag("--compile", action="store_true", help="torch.compile: a minute or two first, needs a C++ compiler")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA where native")
@@ -1268,8 +1267,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")
     flag("--checkpoint", help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
     flag("--checkpoint-minutes", type=positive, default=10.0, help="minutes between checkpoints inside an epoch")
-    flag("--resume", action="store_true", help="go on from the last checkpoint; only --epochs and "
-         "--checkpoint-minutes may differ")
+    flag("--resume", action="store_true", help="go on from the last checkpoint, with the same settings")
     flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
     return parser
 

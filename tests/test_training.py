@@ -321,6 +321,15 @@ def test_a_test_file_is_evaluated_with_the_training_vocabulary_on_the_best_and_t
         assert v10.evaluate(model, tokens, 3) == pytest.approx(end[name], rel=1e-6)
 
 
+def test_the_best_checkpoint_is_the_model_of_the_lowest_validation_loss(run, text):
+    log = run("--fixed-rank", "--epochs", 12, "--lr", 0.05)
+    end = records(log, "end")[0]
+    assert end["best_epoch"] < 12, "the best checkpoint is the last one: the test would not tell them apart"
+    model, vocabulary = v10.load_model(log.with_suffix(".best.pt"))
+    held_out = v10.encode(text.read_text().split()[2745:], vocabulary)
+    assert v10.evaluate(model, held_out, 4) == pytest.approx(end["best_val_loss"], rel=1e-6)
+
+
 def test_a_loaded_model_is_the_one_that_was_trained(run):
     log = run()
     model, vocabulary = v10.load_model(log.with_suffix(".pt"))

@@ -379,7 +379,7 @@ def main(argv=None):
         print(f"plot_logs.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"plot_logs.py: error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"plot_logs.py: error: cannot write {error.filename or out}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

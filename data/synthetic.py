@@ -11,6 +11,7 @@ exactly and written beside the text, in nats per token, with what identifies the
 The text begins with a list of all words in random order, so that the vocabulary has exactly --words words.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -106,6 +107,7 @@ def main(argv=None):
                            (args.seed < 0, "--seed must not be negative"),
                            ((1 - args.val_fraction) * args.tokens <= args.words or args.val_fraction * args.tokens < 2,
                             "--tokens must leave room for the list of all --words and two held-out tokens"),
+                           (not args.out.name, "--out needs the name of a file"),
                            (args.out.suffix == ".json", "--out must not end in .json, which is the sidecar's name")):
         if wrong:
             parser.error(message)
@@ -124,11 +126,16 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     sidecar = {"sha256": hashlib.sha256(data).hexdigest(), "entropy_floor": float(floor), "unit": "nats per token",
                "perplexity_floor": float(np.exp(floor)), **settings}
-    try:
-        args.out.write_bytes(data)
-        args.out.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
-    except OSError as error:
-        parser.error(f"cannot write {args.out}: {error.strerror}")
+    for path, content in ((args.out, data),
+                          (args.out.with_suffix(".json"), json.dumps(sidecar, indent=1).encode() + b"\n")):
+        part = path.with_name(path.name + ".part")  # under its own name a file is whole
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            parser.error(f"cannot write {path}: {error.strerror}")
     print(f"{args.out}: {args.tokens:,} tokens, {args.words:,} words, entropy floor {floor:.4f} nats per token "
           f"(perplexity {np.exp(floor):.1f}) on the last {held_out:,}")
     return 0

@@ -48,10 +48,11 @@ KNOWN = {}
 
 @pytest.fixture
 def straight(run):
-    """straight(*flags): what the run writes that nobody touches, and the tensors of its best model."""
+    """straight(*flags): what the run writes that nobody touches and that saves nothing inside epochs, and the tensors
+    of its best model."""
     def train(*flags):
         if flags not in KNOWN:
-            log = run(*flags, name="straight")
+            log = run(*flags, "--checkpoint-minutes", 1e6, name="straight")
             KNOWN[flags] = training(log), v10.load(log.with_suffix(".best.pt"))["model"]
         return KNOWN[flags]
     return train
@@ -222,6 +223,23 @@ def test_a_disk_that_really_takes_no_more_is_one_line_and_loses_no_record(text, 
     assert done.stderr.count("\n") == 1
     assert [record["kind"] for record in records(tmp_path / "log.jsonl")] == ["run", "epoch"]
     assert {path.name for path in tmp_path.iterdir()} == {"text.tokens", "log.jsonl", "log.best.pt"}
+
+
+@pytest.mark.parametrize(("script", "flags", "full"), [
+    ("data/synthetic.py", ["--out", "corpus.tokens"], "corpus.tokens"),
+    ("plot_logs.py", [ROOT / "logs/reference/demo/v10.jsonl", "--out", "figures"], "figures")])
+def test_a_full_disk_costs_the_other_scripts_no_file_that_was_there(tmp_path, script, flags, full):
+    program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+               "runpy.run_path(sys.argv[0], {}, '__main__')")
+    (tmp_path / "corpus.tokens").write_text("what was there")
+    done = subprocess.run([sys.executable, "-c", program, ROOT / script, *flags], cwd=tmp_path, capture_output=True,
+                          text=True, check=False, env=os.environ | {"MPLCONFIGDIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert f"error: cannot write {full}: File too large\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "corpus.tokens").read_text() == "what was there"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".png")]
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(run, capsys, monkeypatch, text):

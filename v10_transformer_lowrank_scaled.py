@@ -610,7 +610,8 @@ class Files(NamedTuple):
         with writing(self.last):
             self.last.parent.mkdir(parents=True, exist_ok=True)
             temporary(self.last).touch()
-            temporary(self.last).unlink()
+            for path in (self.last, self.best):
+                temporary(path).unlink(missing_ok=True)
 
     def make_way(self, checkpoint):
         """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left,

@@ -84,8 +84,10 @@ def test_a_crash_at_any_moment_changes_no_record(run, straight, monkeypatch, mom
         soak.arm(moment, n, die)
         with pytest.raises((Killed, RuntimeError)):  # torch.save, cut off, raises its own
             run(*flags)
-    (run.folder / "log.pt.tmp").write_bytes(b"half a checkpo")
+    for name in ("log.pt.tmp", "log.best.pt.tmp"):
+        (run.folder / name).write_bytes(b"half a checkpo")
     log = run(*flags, *(["--resume"] if (run.folder / "log.jsonl").exists() else []))
+    assert not list(run.folder.glob("*.tmp"))
     assert_same(log, expected)
     assert [record["kind"] for record in records(log)][0] == "run"
 

@@ -838,11 +838,11 @@ def now(device):
 
 class Progress:
     """One tqdm bar for the whole run, or where there is no terminal a plain line every half minute; after the first
-    steps, how long the run will take."""
+    steps, how long the run will take. `overhead` is the share that evaluation adds to the time of the steps."""
 
-    def __init__(self, done, total):
+    def __init__(self, done, total, overhead):
         self.bar = tqdm(total=total, initial=done, disable=process() > 0 or None, unit="step", dynamic_ncols=True)
-        self.count, self.left = 0, total - done
+        self.count, self.left, self.overhead = 0, total - done, overhead
         self.began = self.shown = time.monotonic()
 
     def step(self, text):
@@ -857,7 +857,7 @@ class Progress:
         if self.count == 1:  # the first step warms up and is not counted
             self.began = self.shown
             return
-        seconds = (self.shown - self.began) / (self.count - 1) * self.left
+        seconds = (self.shown - self.began) / (self.count - 1) * self.left * (1 + self.overhead)
         time_left = tqdm.format_interval(seconds)
         if self.count == 4 and seconds > 5:
             say(f"this run will take about {time_left}"
@@ -1021,9 +1021,9 @@ def train(args, prog, command, held, linear=None):
         raise UserError(f"{args.test_file} has {len(tests[0])} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": prog, "command": command, "processes": processes(), "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."), "data_sha256": sha256} | {
-        name: value and Path(value).name for name, value in (("data_file", data), ("test_file", args.test_file),
-                                                             ("log_file", files.log), ("checkpoint", files.last))}
+        "dtype": str(dtype).removeprefix("torch."), "data_file": data.name, "data_sha256": sha256,
+        "test_file": args.test_file and Path(args.test_file).name, "log_file": files.log.name,
+        "checkpoint": files.last.name}
     once(lambda: files.claim(held))
     checkpoint = resume_point(args, settings, files)
     total = args.epochs * args.steps_per_epoch
@@ -1095,7 +1095,7 @@ def train(args, prog, command, held, linear=None):
     steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     trained = parallel(model)
-    progress = Progress(state["step"], total)
+    progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
     epochs, part = state["epochs"], state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
     start, saved = now(device) - part["time_sec"], time.monotonic()
     with noted_signals() as signals, progress.bar:
@@ -1129,7 +1129,7 @@ def train(args, prog, command, held, linear=None):
             if ends:
                 time_sec, ranks = now(device) - start, model.ranks()
                 train_sec = time_sec - eval_sec - part["rank_sec"]
-                epochs.append({
+                record = {
                     "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch,
                     "train_loss": fmean(gather(loss_sum)) / steps, "val_loss": val_loss,
                     "val_ppl": perplexity(val_loss), "lr": optimizer.param_groups[0]["lr"],
@@ -1138,8 +1138,9 @@ def train(args, prog, command, held, linear=None):
                     "resized": part["resized"], "params_millions": count_parameters(model) / 1e6,
                     "factor_params_millions": count_parameters(*layers) / 1e6, "time_sec": time_sec,
                     "train_sec": train_sec, "eval_sec": eval_sec, "rank_sec": part["rank_sec"],
-                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)})
-                write_record(files.log, "epoch", **epochs[-1])
+                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)}
+                write_record(files.log, "epoch", **record)
+                epochs.append(record)
             late = time.monotonic() - saved > 60 * args.checkpoint_minutes
             stop = max(gather(signals[0] if signals else int(late)))
             if not ends and not stop:
@@ -1150,18 +1151,18 @@ def train(args, prog, command, held, linear=None):
             content = {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(),
                        "vocabulary": vocabulary, "model": model.state_dict()}
             dropout_states = gather(dropout_rng.get_rng_state())
-            if ends and best_epoch(epochs) is epochs[-1]:
+            if ends and best_epoch(epochs) is record:
                 save(files.best, content)
             save(files.last, content | {
                 "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
                 "optimizer": optimizer.state_dict(), "dropout_states": dropout_states,
                 "generators": {name: generator.get_state() for name, generator in generators.items()}}, files.previous)
             if ends:
-                say(f"epoch {epoch:3}/{args.epochs}  train {epochs[-1]['train_loss']:.3f}  val {val_loss:.3f}  "
-                    f"ppl {perplexity(val_loss):.1f}"
+                say(f"epoch {epoch:3}/{args.epochs}  train {record['train_loss']:.3f}  val {val_loss:.3f}  "
+                    f"ppl {record['val_ppl']:.1f}"
                     + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
-                    + f"  {count_parameters(model) / 1e6:.2f}M parameters  {time_sec:.1f} s"
-                    + f"  {tokens_per_epoch / train_sec:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
+                    + f"  {record['params_millions']:.2f}M parameters  {time_sec:.1f} s"
+                    + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
             if stop > 1 and step < total:
                 raise KeyboardInterrupt(128 + stop, f"interrupted; step {step:,} of {total:,} is saved in "
                                         f"{files.last}: the same command with --resume goes on from there")
@@ -1268,7 +1269,8 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")
     flag("--checkpoint", help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
     flag("--checkpoint-minutes", type=positive, default=10.0, help="minutes between checkpoints inside an epoch")
-    flag("--resume", action="store_true", help="go on from the last checkpoint, with the same settings")
+    flag("--resume", action="store_true", help="go on from the last checkpoint; only --epochs and "
+         "--checkpoint-minutes may differ")
     flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
     return parser
 

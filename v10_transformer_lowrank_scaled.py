@@ -1074,8 +1074,9 @@ def train(args, prog, command, held, linear=None):
     if checkpoint:
         write_record(files.log, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
                      epochs=args.epochs, command=command)
-    else:
-        write_record(files.log, "run", **settings, device_name=device_name(device),
+    else:  # where --resume had to start over, the record is that of a run which was only started
+        write_record(files.log, "run", **settings | {"resume": False, "command": command.replace(" --resume", "")},
+                     device_name=device_name(device),
                      versions={"python": platform.python_version(), "torch": torch.__version__},
                      vocab_size=len(vocabulary), train_tokens=len(train_tokens), val_tokens=len(val_tokens),
                      parameters=count_parameters(model), factor_parameters=count_parameters(*layers),

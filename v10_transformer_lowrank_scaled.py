@@ -937,6 +937,23 @@ def find_data(name):
     return path
 
 
+def final_ranks(path, layers):
+    """The ranks at the end of a log of as many factored layers. Raises UserError where it has none."""
+    ranks = None
+    try:
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # a last line may be cut off
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("kind", "epoch") == "epoch":
+                    ranks = record.get("ranks")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not isinstance(ranks, list) or len(ranks) != layers or not all(type(rank) is int for rank in ranks):
+        raise UserError(f"{path} does not end with the ranks of {layers} layers: --ranks-from needs the log of a "
+                        "factored model with as many --n-layers")
+    return ranks
+
+
 def keep_freed_memory():
     """Let glibc reuse the large blocks of a step; it would return each to the system, which clears it page by page."""
     if platform.libc_ver()[0] == "glibc":
@@ -1014,16 +1031,20 @@ def train(args, prog, command, held, linear=None):
     device, dtype = pick_device(args)
     args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
-    files = Files.named(args, data, *tests)
+    files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
     train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size)
     tests = [encode(read_words(path)[0], vocabulary).to(device) for path in tests]
+    initial = [getattr(args, "init_rank", None)] * 6 * args.n_layers
+    if args.ranks_from and not args.resume:  # a checkpoint has its own
+        initial = final_ranks(Path(args.ranks_from), 6 * args.n_layers)
+        check_ranks(initial, f"{args.ranks_from}: rank", args)
     if tests and len(tests[0]) < 2:
         raise UserError(f"{args.test_file} has {len(tests[0])} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": prog, "command": command, "processes": processes(), "device": device.type,
         "dtype": str(dtype).removeprefix("torch."), "data_file": data.name, "data_sha256": sha256,
         "test_file": args.test_file and Path(args.test_file).name, "log_file": files.log.name,
-        "checkpoint": files.last.name}
+        "ranks_from": args.ranks_from and Path(args.ranks_from).name, "checkpoint": files.last.name}
     once(lambda: files.claim(held))
     checkpoint = resume_point(args, settings, files)
     total = args.epochs * args.steps_per_epoch
@@ -1039,7 +1060,8 @@ def train(args, prog, command, held, linear=None):
     else:
         config = GPTConfig(len(vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
                            args.block_size, args.attention, args.dropout)
-        model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, args.init_rank)))
+        ranks = iter(initial)
+        model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))))
     model.to(device).bfloat16 = dtype == torch.bfloat16
     if args.compile:
         compile_blocks(model)
@@ -1190,7 +1212,8 @@ def train(args, prog, command, held, linear=None):
         if end[name] is not None:
             say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}"
                 + f" (epoch {best['epoch']})" * ("best" in name) + "; SEES ITS TARGETS" * leak["leaks"])
-    say((f"ranks: {args.init_rank} -> {fmean(ranks):.1f} on average ({min(ranks)}-{max(ranks)}); " if ranks else "")
+    say((f"ranks: {args.init_rank or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
+         f"({min(ranks)}-{max(ranks)}); " if ranks else "")
         + f"parameters in use: {count_parameters(model):,}, {count_parameters(*layers):,} of them in the linear layers")
     say(f"log: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
 
@@ -1235,11 +1258,13 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
          help="bidirectional has no mask: the model sees its targets, as in the report")
     flag("--dropout", type=fraction, default=GPTConfig.dropout, help="dropout probability")
     if low_rank:
-        flag = parser.add_argument_group("ranks").add_argument
-        flag("--init-rank", type=count, default=64, help="rank of every layer at the start")
+        group = parser.add_argument_group("ranks")
+        start, flag = group.add_mutually_exclusive_group().add_argument, group.add_argument
+        start("--init-rank", type=count, default=64, help="rank of every layer at the start")
+        start("--ranks-from", metavar="LOG", help="each layer starts at the rank that it has at the end of this log")
         flag("--min-rank", type=count, default=RankController.min_rank, help="smallest rank")
         flag("--max-rank", type=count, help="largest rank; by default the smaller side of each matrix")
-        flag("--fixed-rank", action="store_true", help="ranks stay at --init-rank")
+        flag("--fixed-rank", action="store_true", help="ranks stay as they start")
         flag("--safety-factor", type=positive, default=RankController.safety_factor, help="target rank / stable rank")
         flag("--ema-decay", type=fraction, default=RankController.ema_decay, help="smoothing of the target")
         flag("--change-threshold", type=number(float, least=0), default=RankController.change_threshold,
@@ -1249,7 +1274,7 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
         flag("--optimizer-on-resize", choices=("reinit", "transport"), default="reinit",
              help="drop AdamW's state of every parameter (the report's way), or carry it through the resize")
     else:
-        parser.set_defaults(fixed_rank=True, rank_interval=None)
+        parser.set_defaults(fixed_rank=True, rank_interval=None, ranks_from=None)
     flag = parser.add_argument_group("training").add_argument
     flag("--power-iterations", type=number(int, least=0, below=1000), default=5, help="for the stable rank; 0: exact")
     flag("--epochs", type=count, default=30, help="epochs in all, those before a --resume included")
@@ -1289,11 +1314,20 @@ def check(args):
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly into {parts} parts "
                         f"({processes()} processes, --grad-accum {args.grad_accum or 1})")
     if "init_rank" in args:  # there are ranks to control
-        side = min(args.d_model, args.d_ff)
-        low, high = (1, side) if args.fixed_rank else (args.min_rank, min(args.max_rank or side, side))
-        if not low <= args.init_rank <= high:
-            raise UserError(f"--init-rank {args.init_rank} is not between {low} and {high}, as --min-rank, --max-rank "
-                            "and the smaller side of the matrices ask")
+        if args.ranks_from:
+            args.init_rank = None
+        else:
+            check_ranks([args.init_rank], "--init-rank", args)
+
+
+def check_ranks(ranks, source, args):
+    """Raises UserError for an initial rank out of bounds."""
+    side = min(args.d_model, args.d_ff)
+    low, high = (1, side) if args.fixed_rank else (args.min_rank, min(args.max_rank or side, side))
+    for rank in ranks:
+        if not low <= rank <= high:
+            raise UserError(f"{source} {rank} is not between {low} and {high}, as --min-rank, --max-rank and the "
+                            "smaller side of the matrices ask")
 
 
 LEFT = "interrupted; --resume goes on from the last checkpoint, where there is one"

@@ -15,7 +15,8 @@ import v10_transformer_lowrank_scaled as v10
 import wikitext2
 from conftest import RANKS, ROOT, SMALL, records
 
-SCRIPTS = {"v10": (v10.main, ROOT / "v10_transformer_lowrank_scaled.py"),
+V10 = (v10.main, ROOT / "v10_transformer_lowrank_scaled.py")
+SCRIPTS = {"v10": V10, "v10 --ranks-from": V10,
            "v7": (v7.main, ROOT / "v7_transformer_dense_baseline.py"),
            "plot_logs": (plot_logs.main, ROOT / "plot_logs.py"),
            "synthetic": (synthetic.main, ROOT / "data" / "synthetic.py"),
@@ -35,7 +36,9 @@ FILES = {
     "bad8": LOG[:10] + b"\xff" + LOG[10:] + LOG, "begun": b'{"kind": "run"}\n', "twice": LOG + LOG,
     "words": LOG.replace(b"2", b'"2"') + LOG, "noranks": LOG.replace(b'"ranks"', b'"rank"') + LOG,
     "layers": b'{"kind": "run", "layers": null}\n' + LOG, "sha": b'{"kind": "run", "data_sha256": []}\n' + LOG,
-    "other": b'{"kind": "run", "initial_ranks": [4,4,4,4,4,4,4,4,4,4,4,4]}\n' + LOG}
+    "other": b'{"kind": "run", "initial_ranks": [4,4,4,4,4,4,4,4,4,4,4,4]}\n' + LOG,
+    "ranks": LOG.replace(b"[4", b"[17, 4, 4, 4, 4, 4, 4"),
+    "dense": b'{"epoch": 1, "ranks": []}', "halves": b'{"epoch": 1, "ranks": [%s4.5]}' % (b"4, " * 11)}
 
 
 def flags(parser, zero_is_good):
@@ -112,9 +115,17 @@ OF_V10 = [
     (["--init-rank", "17"], "--init-rank 17 is not between 2 and 16"), (["--min-rank", "13"], "not between 13 and 16"),
     (["--max-rank", "11"], "not between 2 and 11"), (["--init-rank", "17", "--fixed-rank"], "not between 1 and 16"),
     (["--min-rank", "20", "--max-rank", "10"], "not between 20 and 10"), (["--ema-decay", "1"], "below 1"),
-    (["--optimizer-on-resize", "keep"], "invalid choice"), (["--fixed-rank", "7"], "unrecognized arguments: 7")]
+    (["--optimizer-on-resize", "keep"], "invalid choice"), (["--fixed-rank", "7"], "unrecognized arguments: 7"),
+    (["--ranks-from", "log"], "--ranks-from: not allowed with argument --init-rank")]
+RANKS_FROM = [  # in the place of --init-rank
+    (["nowhere"], "cannot read nowhere: No such file"), (["folder"], "cannot read folder: Is a directory"),
+    (["UNREADABLE"], "cannot read"), (["empty"], "does not end with the ranks of 12 layers"), (["png"], "12 layers"),
+    (["deep"], "12 layers"), (["log"], "12 layers"), (["begun"], "12 layers"), (["noranks"], "12 layers"),
+    (["ranks"], "ranks: rank 17 is not between 2 and 16"), (["dense"], "12 layers"), (["halves"], "12 layers"),
+    (["ranks", "--fixed-rank"], "ranks: rank 17 is not between 1 and 16"), ([], "expected one argument")]
 OF_V7 = [([flag, "4"], f"unrecognized arguments: {flag}") for flag in (
-    "--init-rank", "--min-rank", "--max-rank", "--safety-factor", "--rank-interval", "--optimizer-on-resize")]
+    "--init-rank", "--min-rank", "--max-rank", "--safety-factor", "--rank-interval", "--optimizer-on-resize",
+    "--ranks-from")]
 OF_PLOT_LOGS = [
     ([], "required: LOG"), (["nowhere"], "nowhere: No such file"), (["folder"], "folder: Is a directory"),
     (["UNREADABLE"], ": "), (["empty"], "no epoch in it yet"), (["blank"], "no epoch in it yet"),
@@ -150,9 +161,11 @@ OF_WIKITEXT2 = [(["--out", "good"], "cannot write good"), (["--out", "good/a"], 
 
 ROWS = [(script, *row) for script, rows in {
     "v10": [*OF_BOTH, *OF_V10, *flags(v10.build_parser("v10"), ZERO_IS_GOOD)],
+    "v10 --ranks-from": RANKS_FROM,
     "v7": [*OF_BOTH, *OF_V7, *flags(v10.build_parser("v7", low_rank=False), ZERO_IS_GOOD)],
     "plot_logs": OF_PLOT_LOGS, "synthetic": OF_SYNTHETIC, "wikitext2": OF_WIKITEXT2}.items() for row in rows]
 BASE = {"v10": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
+        "v10 --ranks-from": ["--data-file", "good", *SMALL, "--min-rank", "2", "--ranks-from"],
         "v7": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL],
         "plot_logs": [], "synthetic": ["--tokens", "2000", "--words", "100", "--out", "new.tokens"], "wikitext2": []}
 BY_COMMAND = [  # the rows that are tried through the real command as well

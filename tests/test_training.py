@@ -20,7 +20,7 @@ EPOCH_FIELDS = """kind epoch tokens_seen train_loss val_loss val_ppl lr rank_min
     stable_ranks_exact targets ema reasons resized params_millions factor_params_millions time_sec train_sec eval_sec
     rank_sec tokens_per_sec peak_memory_mb""".split()
 RUN_FIELDS = """data_file val_fraction test_file d_model n_layers n_heads d_ff block_size attention dropout init_rank
-    min_rank max_rank fixed_rank safety_factor ema_decay change_threshold max_step power_iterations
+    ranks_from min_rank max_rank fixed_rank safety_factor ema_decay change_threshold max_step power_iterations
     rank_interval optimizer_on_resize epochs steps_per_epoch batch_size grad_accum lr lr_schedule
     warmup_steps weight_decay grad_clip seed device compile dtype processes log_file checkpoint resume
     overwrite script command versions data_sha256 vocab_size train_tokens val_tokens parameters
@@ -247,6 +247,29 @@ def test_v7_logs_the_dense_matrices_stable_ranks_and_no_ranks(run):
     assert epochs[-1]["stable_ranks_exact"][5] == pytest.approx(exact, rel=1e-4)
 
 
+def test_the_ranks_at_the_end_of_a_log_can_be_trained_afresh(run, capsys):
+    found = run(name="found")
+    last = records(found, "epoch")[-1]["ranks"]
+    assert len(set(last)) > 1
+    fixed = run("--ranks-from", found, "--fixed-rank", name="fixed", ranks=[])
+    settings = records(fixed, "run")[0]
+    assert (settings["initial_ranks"], settings["init_rank"], settings["ranks_from"]) == (last, None, "found.jsonl")
+    assert all(epoch["ranks"] == last for epoch in records(fixed, "epoch"))
+    assert "ranks: found.jsonl -> " in capsys.readouterr().out
+    moving = run("--ranks-from", found, "--min-rank", 1, name="moving", ranks=[])
+    assert records(moving, "run")[0]["initial_ranks"] == last
+    assert all(logged == replayed for logged, replayed in replay(moving))
+
+
+def test_a_run_with_the_ranks_of_a_log_is_resumed_without_that_log(run):
+    found = run(name="found")
+    flags = ["--ranks-from", found, "--min-rank", 1]
+    straight = run(*flags, name="straight", ranks=[])
+    run(*flags, "--epochs", 2, name="halves", ranks=[])
+    found.unlink()
+    assert untimed(run(*flags, "--resume", name="halves", ranks=[])) == untimed(straight)
+
+
 def test_v7_takes_no_flag_that_controls_ranks(run, capsys):
     run("--init-rank", 4, main=v7.main, ranks=[], code=2)
     assert "--init-rank" in capsys.readouterr().err
@@ -271,6 +294,8 @@ def test_no_file_is_written_over_another(run, text, capsys):
                   ["--test-file", text, "--data-file", text]):
         run(*flags, "--overwrite", code=2)
         assert "need different names" in capsys.readouterr().err
+    run("--ranks-from", run.folder / "log.jsonl", "--overwrite", ranks=[], code=2)
+    assert "need different names" in capsys.readouterr().err
     assert text.read_bytes() == before
 
 

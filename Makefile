@@ -24,7 +24,7 @@ DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
-.PHONY: help setup data demo train reproduce baseline plots reference bench test soak fuzz lint clean
+.PHONY: help setup data demo train reproduce baseline plots study results bench test soak fuzz lint clean
 
 help:           ## print this
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -69,11 +69,16 @@ baseline: $(READY) ## the same with dense layers and the mask
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(if $(LOGS),$(LOGS),$(wildcard logs/*.jsonl)) $(ARGS)
 
-reference: $(READY) ## the tables and figures that the README shows, from logs/reference
+study: $(READY) ## what the report's numbers mean: 60 runs on WikiText-2, two side by side; hours, resumable
+	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
+	$(PY) study.py $(ARGS)
+
+results: $(READY) ## every table and figure of README.md and RESULTS.md, from logs/reference: a minute
 	$(PY) plot_logs.py $(addprefix logs/reference/demo/,$(DEMO_LOGS))
 	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl
 	$(PY) bench.py --show logs/reference/bench.json
 	$(PY) tests/soak.py --show logs/reference/soak.jsonl
+	$(PY) results.py
 
 bench: $(READY) ## speed and memory as ratios, at the report's size: a quarter of an hour
 	$(PY) bench.py $(ARGS)

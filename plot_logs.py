@@ -1,16 +1,22 @@
 """Tables and figures from the logs of v10 and v7, and from logs in the report's own format.
 
     python3 plot_logs.py logs/v10.jsonl
-    python3 plot_logs.py logs/v10.jsonl logs/v7.jsonl --out figures
+    python3 plot_logs.py logs/v10_s0.jsonl logs/v10_s1.jsonl logs/v7.jsonl --out figures
+    python3 plot_logs.py logs/v10_bidirectional.jsonl --report --x tokens
 
-Prints the report's Table 1 (training) and Table 2 (final ranks), a table of costs and, for several logs, a comparison;
-writes them to DIR/tables.md, and beside it the figures: losses.png, and for each run NAME_ranks.png (rank against
-epoch), NAME_heatmap.png (layer by epoch) and NAME_final_ranks.png (block by projection). A run without a causal mask
-is marked everywhere: it sees its targets.
+Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of training, a table of costs and, for
+several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
+With --report the report's own numbers stand beside them. Writes all of it to DIR/tables.md and each table to DIR/*.csv
+and *.tex (booktabs); beside them the figures, as PNG and PDF: losses, and for each run NAME_ranks (rank against epoch),
+NAME_heatmap (layer by epoch) and NAME_final_ranks (block by projection). A run without a causal mask is marked
+everywhere: it sees its targets.
 """
 import argparse
+import csv
 import json
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +25,13 @@ from statistics import fmean
 PROJECTIONS = ("Q", "K", "V", "O", "FFN \N{UPWARDS ARROW}", "FFN \N{DOWNWARDS ARROW}")  # in the order of `ranks`
 LEAK = "SEES ITS TARGETS"
 DASH = "\N{EN DASH}"  # for what a log does not say
+
+# The report's Table 1, {epoch: train loss, validation loss, lowest, highest and mean rank}, and its Table 2.
+REPORT_TRAINING = {1: (7.156, 6.740, 60, 60, 60.0), 5: (5.778, 6.167, 44, 44, 44.0), 10: (5.313, 6.123, 24, 32, 26.1),
+                   15: (5.020, 5.909, 10, 32, 19.9), 20: (4.819, 6.021, 10, 32, 17.9),
+                   25: (2.964, 3.327, 9, 32, 17.0), 30: (0.572, 1.155, 9, 32, 16.6)}
+REPORT_RANKS = [[10, 10, 18, 24, 10, 10], [10, 10, 22, 23, 24, 22], [17, 14, 15, 20, 17, 27], [10, 13, 11, 25, 18, 32],
+                [11, 10, 10, 22, 13, 27], [9, 10, 11, 23, 14, 26]]
 
 
 class LogError(ValueError):
@@ -35,6 +48,7 @@ class Run:
     epochs: list = field(default_factory=list)  # the epoch records, in order
     initial_rank: float | None = None  # mean over the layers; None for a dense model
     assumed: bool = False  # the initial rank is --init-rank, not the log's
+    end: dict = field(default_factory=dict)  # the end record; empty as long as the run has not ended
 
     @property
     def sees_targets(self):
@@ -135,7 +149,9 @@ def read_log(path, name, init_rank):
         elif kind == "epoch":
             run.epochs.append(record)
         elif kind == "resume":  # what was logged after the checkpoint was trained again
-            run.epochs = [epoch for epoch in run.epochs if epoch["epoch"] <= record["epoch"]]
+            run.epochs, run.end = [epoch for epoch in run.epochs if epoch["epoch"] <= record["epoch"]], {}
+        elif kind == "end":
+            run.end = record
     if not run.epochs:
         raise LogError(f"{path}: no epoch in it yet")
     if run.epochs[-1]["ranks"]:
@@ -153,43 +169,204 @@ def read_logs(paths, init_rank):
     return [read_log(path, name, init_rank) for path, name in zip(paths, names, strict=True)]
 
 
+# ---- Seeds of one configuration, and the phases of a run -------------------------------------------------------------
+
+OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command", "resume", "overwrite", "device_name",
+              "versions", "leak_check", "ranks_from", "initial_ranks", "parameters", "factor_parameters"}
+
+
+@dataclass
+class Group:
+    """Runs of one configuration, which differ in their seeds."""
+
+    name: str
+    runs: list
+
+    @property
+    def first(self):
+        return self.runs[0]
+
+    @property
+    def title(self):
+        title = f"{self.name} ({LEAK})" if self.first.sees_targets else self.name
+        return f"{title}, {len(self.runs)} seeds" if len(self.runs) > 1 else title
+
+    def values(self, value):
+        """[value(run) for each run], without those that do not say."""
+        return [found for found in map(value, self.runs) if found is not None]
+
+
+def grouped(runs):
+    """Runs -> Groups, in order: together are runs whose records differ only in what belongs to one run."""
+    groups = {}
+    for i, run in enumerate(runs):
+        settings = {name: value for name, value in run.settings.items() if name not in OF_ONE_RUN}
+        groups.setdefault(json.dumps(settings, sort_keys=True) if settings else i, []).append(run)
+    names = [re.sub(r"[_-](seed|s)?$", "", os.path.commonprefix([run.name for run in found]))
+             if len(found) > 1 else found[0].name for found in groups.values()]
+    names = [name if name and names.count(name) == 1 else found[0].name
+             for name, found in zip(names, groups.values(), strict=True)]
+    return [Group(name, found) for name, found in zip(names, groups.values(), strict=True)]
+
+
+PHASES = ("Phases, by rules. Uniform compression: the first epochs, as long as all layers have one rank, and it falls. "
+          "Differentiation: from the epoch in which their ranks part to the end, or to the collapse. Collapse: to the "
+          "end from the first epoch whose validation loss is 5% or more below the lowest before it, once an epoch has "
+          "brought less than 2%.")  # they divide the report's run as the report does: 1 to 7, 8 to 22, 23 to 30
+
+
+def phases(run):
+    """[(name, epochs)] of the phases that a log shows, by the rules of PHASES; `epochs` are the records of each."""
+    found, epochs = [], run.epochs
+    lowest, slowed, collapse = math.inf, False, len(epochs)  # the place of the first one that belongs to it
+    for i, epoch in enumerate(epochs):
+        loss = epoch["val_loss"]
+        if slowed and loss <= 0.95 * lowest:
+            collapse = i
+            break
+        slowed, lowest = slowed or loss > 0.98 * lowest, min(loss, lowest)
+    rank = run.initial_rank
+    for i, epoch in enumerate(epochs if run.blocks() else []):
+        low, high = min(epoch["ranks"]), max(epoch["ranks"])
+        if low < high and 0 < i < collapse:
+            found.append(("differentiation", epochs[i:collapse]))
+        if low < high or low >= rank:
+            break
+        rank, found = low, [("uniform compression", epochs[:i + 1])]
+    return found + [("collapse", epochs[collapse:])] * (collapse < len(epochs))
+
+
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
+class Cell:
+    """A number as a table shows it; of several, their mean and range; a dash for none."""
+
+    def __init__(self, value, form=",.0f", unit=""):
+        values = value if isinstance(value, list) else [value]
+        self.values, self.form, self.unit = [value for value in values if value is not None], form, unit
+
+    def __str__(self):
+        if not self.values:
+            return DASH
+        mean, low, high = (format(value, self.form) for value in self.numbers())
+        return mean + self.unit + f" ({low} to {high})" * (len(self.values) > 1)
+
+    def numbers(self):
+        return (fmean(self.values), min(self.values), max(self.values)) if self.values else ("", "", "")
+
+
+@dataclass
+class Table:
+    """A table with a name for its files. Its cells are texts and Cells."""
+
+    name: str
+    title: str
+    header: list
+    rows: list
+
+    def markdown(self):
+        """As Markdown, with columns aligned as plain text too; all but the first flush right."""
+        rows = [[*map(str, row)] for row in [self.header, *self.rows]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        first, *others = ("| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(
+            zip(row, widths, strict=True))) + " |" for row in rows)
+        rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
+        return "\n".join([first, rule, *others])
+
+    def latex(self):
+        """As a LaTeX table; it needs the package booktabs."""
+        def row(cells):
+            text = " & ".join(re.sub(r"([&%$#_])", r"\\\1", str(cell)) for cell in cells) + r" \\"
+            for sign, command in ((DASH, "--"), ("\N{UPWARDS ARROW}", r"$\uparrow$"),
+                                  ("\N{DOWNWARDS ARROW}", r"$\downarrow$"), ("\N{MINUS SIGN}", "$-$")):
+                text = text.replace(sign, command)
+            return text
+        return "\n".join([
+            r"\begin{table}", r"\centering", rf"\caption{{{row([self.title])[:-3]}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", row(self.header), r"\midrule",
+            *map(row, self.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+    def records(self):
+        """As rows for csv: plain numbers; a column with means gets two more, of the lowest and highest values."""
+        wide = [any(isinstance(row[i], Cell) and len(row[i].values) > 1 for row in self.rows)
+                for i in range(len(self.header))]
+        yield [name for i, title in enumerate(self.header)
+               for name in ([title, f"{title}, lowest", f"{title}, highest"] if wide[i] else [title])]
+        for row in self.rows:
+            yield [value for i, cell in enumerate(row) for value in (
+                (cell.numbers() if isinstance(cell, Cell) else (cell, "", ""))[:3 if wide[i] else 1])]
+
+
 def show(value, form=",.0f"):
-    return DASH if value is None else format(value, form)
+    return str(Cell(value, form))
 
 
 def millions(value):
     return None if value is None else round(value * 1e6)
 
 
-def markdown(header, rows):
-    """A Markdown table whose columns are also aligned as plain text; all but the first flush right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells):
-        return "| " + " | ".join(cell.rjust(w) if i else cell.ljust(w)
-                                 for i, (cell, w) in enumerate(zip(cells, widths, strict=True))) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+def signed(value, form=".3f"):
+    """A difference, with a minus sign that is not a hyphen."""
+    return Cell(value, f"+{form}") if value is not None else Cell(None)
 
 
 def training_table(run):
     """The report's Table 1: epochs 1, 5, 10, ... and the last."""
     chosen = [e for e in run.epochs if e["epoch"] == 1 or e["epoch"] % 5 == 0 or e is run.epochs[-1]]
-    return markdown(["Epoch", "Train Loss", "Val Loss", "R min", "R max", "R avg"], [
-        [str(e["epoch"]), show(e["train_loss"], ".3f"), show(e["val_loss"], ".3f"), show(e.get("rank_min")),
-         show(e.get("rank_max")), show(e.get("rank_avg"), ".1f")] for e in chosen])
+    return Table(f"{run.name}_training", f"Table 1, {run.name}: training and ranks",
+                 ["Epoch", "Train Loss", "Val Loss", "R min", "R max", "R avg"], [
+        [str(e["epoch"]), Cell(e["train_loss"], ".3f"), Cell(e["val_loss"], ".3f"), Cell(e.get("rank_min")),
+         Cell(e.get("rank_max")), Cell(e.get("rank_avg"), ".1f")] for e in chosen])
 
 
 def rank_table(run):
     """The report's Table 2: final ranks, a row a block, and their means."""
     rows = [[str(i), *map(str, block[:4]), f"{block[4]} / {block[5]}"] for i, block in enumerate(run.blocks())]
     means = [f"{fmean(column):.1f}" for column in zip(*run.blocks(), strict=True)]
-    return markdown(["Block", "Q", "K", "V", "O", "/".join(PROJECTIONS[4:]).replace("/FFN ", "/")],
-                    [*rows, ["Mean", *means[:4], f"{means[4]} / {means[5]}"]])
+    return Table(f"{run.name}_final_ranks", f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}",
+                 ["Block", "Q", "K", "V", "O", "/".join(PROJECTIONS[4:]).replace("/FFN ", "/")],
+                 [*rows, ["Mean", *means[:4], f"{means[4]} / {means[5]}"]])
+
+
+def report_tables(run):
+    """The report's tables beside this run's, and the differences: losses and ranks of the epochs that both have, and
+    the mean final ranks of the projections."""
+    names = ("Train Loss", "Val Loss", "R min", "R max", "R avg")
+    epochs = {epoch["epoch"]: epoch for epoch in run.epochs}
+    rows = []
+    for number, report in REPORT_TRAINING.items():
+        if number in epochs:
+            ours = [epochs[number].get(key) for key in ("train_loss", "val_loss", "rank_min", "rank_max", "rank_avg")]
+            forms = (".3f", ".3f", ".0f", ".0f", ".1f")
+            rows += [[f"{number} {name}", Cell(our, form), Cell(theirs, form),
+                      signed(None if our is None else our - theirs, form)]
+                     for name, form, our, theirs in zip(names, forms, ours, report, strict=True)]
+    header = ["", run.name, "report", "difference"]
+    found = [Table(f"{run.name}_report_training", f"Table 1 beside the report's, {run.name}",
+                   ["Epoch", *header[1:]], rows)]
+    if run.blocks():
+        means = [[fmean(column) for column in zip(*blocks, strict=True)] for blocks in (run.blocks(), REPORT_RANKS)]
+        means = [[*found, fmean(found)] for found in means]
+        found.append(Table(
+            f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
+            ["Projection", *header[1:]],
+            [[name, Cell(ours, ".1f"), Cell(theirs, ".1f"), signed(ours - theirs, ".1f")]
+             for name, ours, theirs in zip((*PROJECTIONS, "all"), *means, strict=True)]))
+    return found
+
+
+def phase_table(run):
+    """The phases, with the loss and the mean rank before the first and after the last epoch of each."""
+    rows = []
+    for name, epochs in phases(run):
+        i = run.epochs.index(epochs[0])
+        before = run.epochs[i - 1] if i else {"rank_avg": run.initial_rank}
+        rows.append([name, f"{epochs[0]['epoch']} to {epochs[-1]['epoch']}",
+                     *(Cell(epoch.get("val_loss"), ".3f") for epoch in (before, epochs[-1])),
+                     *(Cell(epoch.get("rank_avg"), ".1f") for epoch in (before, epochs[-1]))])
+    return Table(f"{run.name}_phases", f"Phases, {run.name}", [
+        "Phase", "Epochs", "Val Loss before", "at its end", "R avg before", "at its end"], rows)
 
 
 def reduction(run):
@@ -204,62 +381,85 @@ def cost_table(run):
     start, factors = run.settings.get("parameters"), run.settings.get("factor_parameters")
     dense = sum(m * n for m, n in (layer["shape"] for layer in layers)) if layers else None
     memory = [epoch["peak_memory_mb"] for epoch in run.epochs if epoch.get("peak_memory_mb") is not None]
-    seconds = [[name, "", show(run.total(f"{key}_sec"), ",.1f")] for name, key in
+    seconds = [[name, "", Cell(run.total(f"{key}_sec"), ",.1f")] for name, key in
                (("seconds in all", "time"), ("seconds of training", "train"), ("seconds of evaluation", "eval"),
                 ("seconds of rank control", "rank"))]
-    return markdown(["", "start", "end"], [
-        ["mean rank", show(run.initial_rank, ".1f"), show(last.get("rank_avg"), ".1f")],
-        ["rank reduction", "", show(reduction(run), ".1f") + "%" * (reduction(run) is not None)],
-        ["parameters in the linear layers", show(factors), show(millions(last.get("factor_params_millions")))],
-        ["parameters in all", show(start), show(millions(last.get("params_millions")))],
-        ["linear layers of a dense model", show(dense), show(dense)],
-        ["dense model in all", *[show(None if None in (start, dense) else start - factors + dense)] * 2],
+    return Table(f"{run.name}_cost", f"Cost, {run.name}", ["", "start", "end"], [
+        ["mean rank", Cell(run.initial_rank, ".1f"), Cell(last.get("rank_avg"), ".1f")],
+        ["rank reduction", "", Cell(reduction(run), ".1f", "%")],
+        ["parameters in the linear layers", Cell(factors), Cell(millions(last.get("factor_params_millions")))],
+        ["parameters in all", Cell(start), Cell(millions(last.get("params_millions")))],
+        ["linear layers of a dense model", Cell(dense), Cell(dense)],
+        ["dense model in all", *[Cell(None if None in (start, dense) else start - factors + dense)] * 2],
         *seconds,
-        ["training tokens per second", "", show(run.tokens_per_second())],
-        ["peak memory in MB", "", show(max(memory, default=None))]])
+        ["training tokens per second", "", Cell(run.tokens_per_second())],
+        ["peak memory in MB", "", Cell(max(memory, default=None))]])
 
 
-def comparison_table(runs):
+def best(run):
+    """The epoch of lowest validation loss."""
+    return min(run.epochs, key=lambda epoch: epoch["val_loss"])
+
+
+def perplexity(loss):
+    return math.exp(min(loss, 700))
+
+
+def comparison_table(groups):
+    """A row for each configuration: n seeds, and where n > 1 means with ranges."""
     rows = []
-    for run in runs:
-        best, last = min(run.epochs, key=lambda epoch: epoch["val_loss"]), run.epochs[-1]
-        attention = {True: f"none: {LEAK}", False: "causal", None: DASH}[run.sees_targets]
-        rows.append([run.name, attention, show(last.get("rank_avg"), ".1f"),
-                     show(millions(last.get("params_millions"))), show(best["val_loss"], ".3f"), str(best["epoch"]),
-                     show(math.exp(min(best["val_loss"], 700)), ",.2f"), show(last["val_loss"], ".3f"),
-                     show(run.settings.get("entropy_floor"), ".3f"), show(run.tokens_per_second())])
-    return markdown(["run", "attention", "mean rank", "parameters", "best val loss", "at epoch", "perplexity",
-                     "final val loss", "floor", "tokens/s"], rows)
+    for group in groups:
+        attention = {True: f"none: {LEAK}", False: "causal", None: DASH}[group.first.sees_targets]
+        rows.append([
+            group.name, str(len(group.runs)), attention,
+            Cell(group.values(lambda run: run.epochs[-1].get("rank_avg")), ".1f"),
+            Cell(group.values(lambda run: millions(run.epochs[-1].get("params_millions")))),
+            Cell(group.values(lambda run: best(run)["val_loss"]), ".3f"),
+            Cell(group.values(lambda run: best(run)["epoch"])),
+            Cell(group.values(lambda run: perplexity(best(run)["val_loss"])), ",.2f"),
+            Cell(group.values(lambda run: run.epochs[-1]["val_loss"]), ".3f"),
+            Cell(group.first.settings.get("entropy_floor"), ".3f"),
+            Cell(group.values(Run.tokens_per_second))])
+    return Table("comparison", "Comparison", ["run", "n", "attention", "mean rank", "parameters", "best val loss",
+                                              "at epoch", "perplexity", "final val loss", "floor", "tokens/s"], rows)
 
 
-def tables(runs):
-    """All tables as Markdown."""
-    parts = []
+def contents(runs, report=False):
+    """What the logs say, in order: paragraphs of text, and Tables. With the report's numbers beside them if asked."""
     for run in runs:
         s, mark = run.settings, f" {DASH} {LEAK}" if run.sees_targets else ""
-        parts.append(f"# {run.title}")
+        yield f"# {run.title}"
         if run.sees_targets:
-            parts.append("Attention without a causal mask: each position sees the word that it has to predict. "
-                         "These losses are not those of a language model.")
+            yield ("Attention without a causal mask: each position sees the word that it has to predict. "
+                   "These losses are not those of a language model.")
         if s:
-            parts.append(f"{show(s.get('train_tokens'))} training and {show(s.get('val_tokens'))} validation tokens of "
-                         f"{s.get('data_file')}, {show(s.get('vocab_size'))} words; seed {s.get('seed')}, "
-                         f"{s.get('device')} ({s.get('device_name')}), {s.get('dtype')}.")
+            yield (f"{show(s.get('train_tokens'))} training and {show(s.get('val_tokens'))} validation tokens of "
+                   f"{s.get('data_file')}, {show(s.get('vocab_size'))} words; seed {s.get('seed')}, "
+                   f"{s.get('device')} ({s.get('device_name')}), {s.get('dtype')}.")
         else:
-            parts.append("No run record: the log does not say what trained it, nor whether its attention had a mask.")
+            yield "No run record: the log does not say what trained it, nor whether its attention had a mask."
         if run.assumed:
-            parts.append(f"The log does not say the initial rank: {run.initial_rank:g} is assumed (--init-rank).")
-        parts.append(f"Table 1, {run.name}: training and ranks{mark}\n\n{training_table(run)}")
-        if run.blocks():
-            parts.append(f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}{mark}\n\n{rank_table(run)}")
-        parts.append(f"Cost, {run.name}{mark}\n\n{cost_table(run)}")
+            yield f"The log does not say the initial rank: {run.initial_rank:g} is assumed (--init-rank)."
+        found = [training_table(run), *([rank_table(run)] if run.blocks() else []),
+                 *(report_tables(run) if report else []), *([phase_table(run)] if phases(run) else []), cost_table(run)]
+        for table in found:
+            table.title += mark
+            yield table
+    if any(map(phases, runs)):
+        yield PHASES
     if len(runs) > 1:
-        parts.append(f"# Comparison\n\n{comparison_table(runs)}")
+        yield "# Comparison"
+        yield comparison_table(grouped(runs))
         if len({run.settings.get("data_sha256") for run in runs}) > 1:
-            parts.append("The runs were not trained on the same data: their losses cannot be compared.")
+            yield "The runs were not trained on the same data: their losses cannot be compared."
         if len({run.epochs[-1].get("tokens_seen") for run in runs}) > 1:
-            parts.append("The runs were not trained on the same number of tokens.")
-    return "\n\n".join(parts) + "\n"
+            yield "The runs were not trained on the same number of tokens."
+
+
+def tables(runs, report=False):
+    """All of it as Markdown."""
+    return "\n\n".join(part if isinstance(part, str) else part.markdown() if part.name == "comparison" else
+                       f"{part.title}\n\n{part.markdown()}" for part in contents(runs, report)) + "\n"
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -271,18 +471,45 @@ def history(run):
     return [0, *(e["epoch"] for e in run.epochs)], np.array([initial, *(e["ranks"] for e in run.epochs)], dtype=float)
 
 
-def losses_figure(runs):
+def minutes(run, epoch):
+    """From the start of a run to the end of an epoch; None where an epoch is missing or does not say."""
+    seconds = [e.get("time_sec") for e in run.epochs if e["epoch"] <= epoch["epoch"]]
+    return None if None in seconds or len(seconds) < epoch["epoch"] else sum(seconds) / 60
+
+
+AXES = {"epoch": ("epoch", lambda run, epoch: epoch["epoch"]),
+        "tokens": ("training tokens", lambda run, epoch: epoch.get("tokens_seen")),
+        "time": ("minutes of training, evaluation and rank control", minutes),
+        "parameters": ("million parameters in use", lambda run, epoch: epoch.get("params_millions"))}
+
+
+def losses_figure(groups, x="epoch"):
+    """Validation and training losses: a line for each configuration, with a band over its seeds."""
+    label, where = AXES[x]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, run in enumerate(runs):
-        epochs, train, val = zip(*((e["epoch"], e["train_loss"], e["val_loss"]) for e in run.epochs), strict=True)
-        axes.plot(epochs, val, color=f"C{i}", marker="o", markersize=3, label=run.title)
-        axes.plot(epochs, train, color=f"C{i}", linestyle="--", linewidth=1)
-    for floor in sorted({run.settings["entropy_floor"] for run in runs if run.settings.get("entropy_floor")}):
+    for i, group in enumerate(groups):
+        curves = [[(e["epoch"], where(run, e), e["val_loss"], e["train_loss"]) for e in run.epochs]
+                  for run in group.runs]
+        common = set.intersection(*({point[0] for point in curve if point[1] is not None} for curve in curves))
+        if not common:
+            raise LogError(f"{group.name}: its log does not say the {label}, which --x {x} asks for")
+        seeds = np.array([[point for point in curve if point[0] in common] for curve in curves])  # (seeds, epochs, 4)
+        _, at, val, train = seeds.mean(0).T
+        axes.plot(at, val, color=f"C{i % 10}", marker="o", markersize=3, label=group.title)
+        axes.fill_between(at, seeds[..., 2].min(0), seeds[..., 2].max(0), color=f"C{i % 10}", alpha=0.2, linewidth=0)
+        axes.plot(at, train, color=f"C{i % 10}", linestyle="--", linewidth=1)
+    floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
+              if run.settings.get("entropy_floor")}
+    for floor in sorted(floors):
         axes.axhline(floor, color="black", linestyle=":", label=f"entropy floor {floor:.3f}: no honest model is below")
     axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="training loss")
-    axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", title="Losses")
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if any(run.sees_targets for run in runs) else None)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    several = any(len(group.runs) > 1 for group in groups)
+    axes.set(xlabel=label, ylabel="validation loss (nats per token)",
+             title="Losses" + ": mean of the seeds, band from lowest to highest" * several)
+    leaks = any(group.first.sees_targets for group in groups)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if leaks else None)
+    if x == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     return figure
@@ -338,42 +565,63 @@ def final_ranks_figure(run):
     return figure
 
 
-def figures(runs):
-    """-> {file name: figure}"""
-    made = {"losses.png": losses_figure(runs)}
+def figures(runs, x="epoch"):
+    """-> {file name without its ending: figure}"""
+    made = {"losses": losses_figure(grouped(runs), x)}
     for run in (run for run in runs if run.blocks()):
-        made |= {f"{run.name}_ranks.png": ranks_figure(run), f"{run.name}_heatmap.png": heatmap_figure(run),
-                 f"{run.name}_final_ranks.png": final_ranks_figure(run)}
+        made |= {f"{run.name}_ranks": ranks_figure(run), f"{run.name}_heatmap": heatmap_figure(run),
+                 f"{run.name}_final_ranks": final_ranks_figure(run)}
     return made
 
 
-def main(argv=None):
+def start_matplotlib():
+    """Not before it is needed: it takes most of this script's time."""
     global np, plt
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+
+def save(figure, path):
+    """A figure as path.png and path.pdf; both are the same, byte for byte, whenever they are made of the same logs."""
+    figure.savefig(path.with_name(path.name + ".png"), dpi=150, bbox_inches="tight")
+    figure.savefig(path.with_name(path.name + ".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
+    plt.close(figure)
+
+
+def write_table(table, folder):
+    """A table as NAME.csv and NAME.tex."""
+    with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(table.records())
+    (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="plot_logs.py", description="Makes tables and figures from training logs.",
                                      allow_abbrev=False)
     parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log of v10, v7 or the report's own script")
     parser.add_argument("--out", metavar="DIR", type=Path,
                         help="folder of tables.md and the figures; default: figures/ beside the first log")
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")
+    parser.add_argument("--x", choices=AXES, default="epoch", help="axis of the losses (default: epoch)")
+    parser.add_argument("--report", action="store_true", help="the report's Tables 1 and 2 beside those of each log")
     args = parser.parse_args(argv)
     out = args.out or args.logs[0].parent / "figures"
     try:
         if not 0 < args.init_rank < 1e15:
             raise LogError("--init-rank must be a rank: at least 1")
         runs = read_logs(args.logs, args.init_rank)
-        text = tables(runs)
+        text = tables(runs, args.report)
         print(text)
         out.mkdir(parents=True, exist_ok=True)
         (out / "tables.md").write_text(text, encoding="utf-8")
-        # not before they are needed: they take most of this script's time
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        import numpy as np
-        for name, figure in figures(runs).items():
-            figure.savefig(out / name, dpi=150, bbox_inches="tight")
-            plt.close(figure)
-            print(out / name)
+        for table in (part for part in contents(runs, args.report) if isinstance(part, Table)):
+            write_table(table, out)
+        start_matplotlib()
+        for name, figure in figures(runs, args.x).items():
+            save(figure, out / name)
+            print(out / f"{name}.png")
         print(out / "tables.md")
     except LogError as error:
         print(f"plot_logs.py: error: {error}", file=sys.stderr)

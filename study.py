@@ -39,7 +39,7 @@ SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1""".split(),
     "report": []}  # v10's defaults
-SHORT = SIZES["small"] + "--d-model 64 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 4".split()
+SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 4".split()
 WORDS, RARE = 100_000, 3  # of the small size
 LONG = 3  # times as many epochs in the long run
 SEARCHED = [(rate, dropout) for rate in (1, 2) for dropout in (0.1, 0.3)]  # rate: times that of the size
@@ -47,18 +47,20 @@ SEARCHED = [(rate, dropout) for rate in (1, 2) for dropout in (0.1, 0.3)]  # rat
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, the script, flags beyond the size's; the run whose final ranks it needs, and what for."""
+    """One run: its name, the script, and flags beyond the size's."""
 
     name: str
     script: str = "v10"
     flags: tuple = ()
     seed: int = 0
-    ranks_of: str | None = None
-    as_mean: bool = False  # one rank for all layers, the mean of those ranks
+    sized: bool = True  # else of the report's size, whatever --size says
+    ranks_of: str | None = None  # the run whose final ranks it starts with and keeps
+    as_mean: bool = False  # one rank for all layers, the mean of those
     tuned: bool = False  # with the rate and the dropout that the search chose, and its schedule
     tested: bool = False  # on the official validation file as well
     probed: bool = False
-    timed: bool = False
+    timed: bool = False  # its step is
+    at_equal_time: bool = False  # as long as the adaptive run takes
 
     @property
     def stem(self):
@@ -83,7 +85,9 @@ RUNS = [
     Run("tuned_fixed_mean", ranks_of="tuned_adaptive", as_mean=True, tuned=True, timed=True),
     Run("tuned_retrained", ranks_of="tuned_adaptive", tuned=True, timed=True),
 ]
-LATER = [Run("tuned_dense_equal_time", "v7", tuned=True), Run("long")]  # after the speed has been measured
+UNTRAINED = tuple("--lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001".split())
+LATER = [Run("tuned_dense_equal_time", "v7", tuned=True, at_equal_time=True),  # after the speed has been measured
+         Run("untrained", flags=UNTRAINED, sized=False), Run("long")]
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -92,14 +96,18 @@ class Study:
     """A folder of logs, and how its runs are made."""
 
     def __init__(self, args):
-        self.out, self.args, self.size = Path(args.out), args, SHORT if args.short else SIZES[args.size]
+        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + SHORT * args.short
         self.failed, self.stopping, self.running = [], threading.Event(), {}
         self.defaults = base = v10.build_parser("v10").parse_args(self.size)
         self.search = [Run(f"search_rate{rate}_dropout{dropout}", "v7", (
             "--lr", f"{rate * base.lr:g}", "--dropout", str(dropout), "--lr-schedule", "cosine",
             "--warmup-steps", str(base.steps_per_epoch))) for rate, dropout in SEARCHED]
-        self.runs = [*self.search, *(replace(run, seed=seed) for seed in SEEDS[:args.seeds] for run in RUNS)]
-        self.later = [replace(run, seed=seed) for run in LATER for seed in SEEDS[:args.seeds]]
+        runs = [*self.search, *(replace(run, seed=seed) for seed in SEEDS[:args.seeds] for run in RUNS)]
+        later = [replace(run, seed=seed) for run in LATER for seed in SEEDS[:args.seeds]]
+        wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
+        for run in reversed([*runs, *later]):  # what a run needs comes before it
+            wanted |= set(self.needs(run)) if run.stem in wanted else set()
+        self.runs, self.later = ([run for run in found if run.stem in wanted] for found in (runs, later))
 
     def log(self, stem):
         return self.out / f"{stem}.jsonl"
@@ -116,7 +124,8 @@ class Study:
 
     def needs(self, run):
         """The stems of the runs that must have ended before this one."""
-        return [f"{run.ranks_of}_s{run.seed}"] * bool(run.ranks_of) + [s.stem for s in self.search] * run.tuned
+        return ([f"{run.ranks_of}_s{run.seed}"] * bool(run.ranks_of) + [s.stem for s in self.search] * run.tuned
+                + [f"{other.name}_s0" for other in RUNS if other.timed or other.name == "dense"] * run.at_equal_time)
 
     def unprobed(self, run):
         return run.probed and all(record["run"] != run.name or record["seed"] != run.seed
@@ -129,7 +138,8 @@ class Study:
 
     def command(self, run):
         """The command line of a run, as a user would type it."""
-        flags = [*self.size, *run.flags, "--seed", str(run.seed), "--data-file", str(self.data())]
+        flags = [*(self.size if run.sized else SHORT * self.args.short), *run.flags, "--seed", str(run.seed),
+                 "--data-file", str(self.data() if run.sized else self.args.data_file)]
         if run.tuned:
             flags += self.tuned_flags()
         if run.tested and self.args.test_file:
@@ -140,7 +150,7 @@ class Study:
             flags += ["--fixed-rank", *(["--init-rank", str(mean)] if run.as_mean else ["--ranks-from", str(log)])]
         if run.name == "long":
             flags += ["--epochs", str(LONG * self.defaults.epochs)]
-        if run.name == "tuned_dense_equal_time":
+        if run.at_equal_time:
             ratio = self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"]
             flags += ["--epochs", str(round(ratio * self.defaults.epochs))]
         return [sys.executable, str(v10.HERE / SCRIPTS[run.script]), *flags, "--log-file", str(self.log(run.stem))]
@@ -224,35 +234,36 @@ def probe(log, data, out, run, every=8):
 
     The loss as it was trained, and with the mask put on for the evaluation only. The loss at the last position of each
     block, whose target is not among the inputs, and at all others. And a test of what it reads: every eighth input word
-    is replaced by another; how often is the top prediction at the position before it the word that was put there, and
-    how often the word of the text?
+    is replaced by one from elsewhere in the text; how often is the top prediction at the position before it the word
+    that was put there, and how often the word of the text? How often is it the latter with nothing replaced?
     """
     content = v10.load(log.with_suffix(".best.pt"))
     args = next(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    *_, tokens, vocabulary, _, _ = v10.load_corpus(data, args["val_fraction"], args["block_size"])
+    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"])[1]
     record = {"kind": "probe", "run": run.name, "seed": run.seed, "attention": args["attention"]}
     generator, T = torch.Generator().manual_seed(0), args["block_size"]
     blocks = (len(tokens) - 1) // T
     x, y = (tokens[i:i + blocks * T].view(-1, T) for i in (0, 1))
-    swapped = x.clone()
-    swapped[:, every::every] = torch.randint(len(vocabulary), swapped[:, every::every].shape, generator=generator)
+    swapped, before = x.clone(), slice(every - 1, -1, every)
+    elsewhere = torch.randint(len(tokens), swapped[:, every::every].shape, generator=generator)
+    swapped[:, every::every] = tokens[elsewhere]
     for attention in (args["attention"], "causal"):
         model = v10.build_model(content | {"config": content["config"] | {"attention": attention}})
         model.eval()
-        losses, put_there, of_the_text = [], [], []
+        losses, hits = [], []
         for part in range(0, blocks, 16):
             some = slice(part, part + 16)
             logits = model(x[some])
             losses.append(torch.nn.functional.cross_entropy(logits.mT, y[some], reduction="none"))  # (B, T)
-            top = model(swapped[some])[:, every - 1:-1:every].argmax(-1)
-            put_there.append(top == swapped[some, every::every])
-            of_the_text.append(top == y[some, every - 1:-1:every])
-        losses = torch.cat(losses)
+            top, word = model(swapped[some]).argmax(-1)[:, before], y[some, before]
+            hits.append(torch.stack([logits.argmax(-1)[:, before] == word, top == word,
+                                     top == swapped[some, every::every]], dim=-1).float())
+        losses, hits = torch.cat(losses), torch.cat(hits).mean((0, 1))
         if attention == args["attention"]:
             record |= {"val_loss": losses.mean().item(), "loss_at_last_position": losses[:, -1].mean().item(),
                        "loss_at_other_positions": losses[:, :-1].mean().item(),
-                       "predicts_word_put_there": torch.cat(put_there).float().mean().item(),
-                       "predicts_word_of_the_text": torch.cat(of_the_text).float().mean().item()}
+                       **dict(zip(("accuracy", "predicts_word_of_the_text", "predicts_word_put_there"), hits.tolist(),
+                                  strict=True))}
         record["val_loss_masked"] = losses.mean().item()  # the second time around with the mask
     v10.write_record(out, **record)
 
@@ -327,6 +338,8 @@ def main(argv=None):
     parser.add_argument("--out", default="logs/study", help="folder of the logs")
     parser.add_argument("--size", choices=SIZES, default="small", help="report: v10's defaults, for a GPU")
     parser.add_argument("--seeds", type=number(int, least=1, below=len(SEEDS) + 1), default=len(SEEDS), help="how many")
+    parser.add_argument("--only", nargs="+", metavar="RUN", choices=sorted({run.name for run in RUNS + LATER}),
+                        help="these runs, as --list names them, and those that they need")
     parser.add_argument("--jobs", type=number(int, least=1, below=1000), default=2, help="runs side by side")
     parser.add_argument("--data-file", default=v10.DEFAULT_DATA, help="text; a bare name is looked for in data/ too")
     parser.add_argument("--test-file", default="wiki.valid.tokens", help="one more held-out text; '' for none")
@@ -344,7 +357,7 @@ def main(argv=None):
         for name in (study.args.data_file, *[study.args.test_file] * bool(study.args.test_file)):
             if not any(path.exists() for path in (Path(name), v10.HERE / "data" / name)):
                 raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
-        for run in everything:
+        for run in (run for run in everything if run.sized):
             for record in study.records(run.stem, "run"):
                 if " ".join(study.size) not in record["command"]:
                     raise v10.UserError(f"{study.log(run.stem)} is of another size: choose another --out, or move it")
@@ -354,7 +367,7 @@ def main(argv=None):
             v10.write_record(study.log("ngrams"), "ngrams", **ngram_losses(train, val))
         complete = study.all(study.runs)
         if complete:
-            if not study.records("speed", "speed"):
+            if not study.records("speed", "speed") and any(run.at_equal_time for run in study.later):
                 measure_speed(study)
             complete = study.all(study.later)
         for failure in study.failed:

@@ -1,5 +1,7 @@
 """Tables, figures and errors of plot_logs.py."""
+import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -80,19 +82,24 @@ def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys
     plot(*logs, "--out", tmp_path / "out")
     said = capsys.readouterr().out
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {"tables.md", "losses.png", *(f"{name}_{kind}.png" for name in ("v10", "open")
-                                                 for kind in ("ranks", "heatmap", "final_ranks"))}
-    assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made - {"tables.md"})
+    pictures = ["losses", *(f"{name}_{kind}" for name in ("v10", "open")
+                            for kind in ("ranks", "heatmap", "final_ranks"))]
+    texts = ["comparison", *(f"{name}_{kind}" for name in ("v10", "open", "v7") for kind in ("training", "cost")),
+             *(f"{name}_{kind}" for name in ("v10", "open") for kind in ("final_ranks", "phases"))]
+    assert made == {"tables.md", *(f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")),
+                    *(f"{name}.{kind}" for name in texts for kind in ("csv", "tex"))}
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("tex", b"\\begin{table}")):
+        assert all(path.read_bytes().startswith(start) for path in (tmp_path / "out").glob(f"*.{kind}"))
     comparison = said.split("# Comparison")[1]
-    assert [cells(comparison, name)[1] for name in ("v10", "open", "v7")] == [
+    assert [cells(comparison, name)[2] for name in ("v10", "open", "v7")] == [
         "causal", "none: SEES ITS TARGETS", "causal"]
     last = json.loads(logs[0].read_text().splitlines()[-2])
-    assert cells(comparison, "v10")[2:4] == [f"{last['rank_avg']:.1f}", f"{last['params_millions'] * 1e6:,.0f}"]
+    assert cells(comparison, "v10")[3:5] == [f"{last['rank_avg']:.1f}", f"{last['params_millions'] * 1e6:,.0f}"]
     of_v7 = said.split("Cost, v7")[1]
     assert cells(said, "dense model in all")[1:] == cells(of_v7, "parameters in all")[1:]
     assert cells(of_v7, "dense model in all")[1:] == cells(of_v7, "parameters in all")[1:]
     assert "cannot be compared" not in comparison
-    assert said.count("SEES ITS TARGETS") == 1 + 3 + 1  # its heading, its three tables, its row of the comparison
+    assert said.count("SEES ITS TARGETS") == 1 + 4 + 1  # its heading, its four tables, its row of the comparison
 
 
 def test_every_figure_of_a_bidirectional_run_is_marked(run):
@@ -116,11 +123,11 @@ def test_runs_on_different_data_are_not_compared_silently(run, text, capsys):
 
 def test_the_entropy_floor_is_drawn_and_listed(run, text, capsys):
     write_sidecar(text)
-    logs = [run(name="a"), run(name="b")]
+    logs = [run(name="a"), run("--lr", 0.02, name="b")]
     capsys.readouterr()
     plot(*logs)
-    assert cells(capsys.readouterr().out.split("# Comparison")[1], "a")[8] == "3.125"
-    figure = plot_logs.losses_figure(plot_logs.read_logs(logs, 64))
+    assert cells(capsys.readouterr().out.split("# Comparison")[1], "a")[9] == "3.125"
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs, 64)))
     assert any("3.125" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
     plot_logs.plt.close(figure)
 
@@ -137,7 +144,7 @@ def test_a_really_resumed_log_reads_like_the_straight_one(run):
     run("--epochs", 2, name="resumed")
     resumed = run("--resume", name="resumed")
     a, b = (plot_logs.read_log(log, "log", 64) for log in (straight, resumed))
-    assert plot_logs.training_table(a) == plot_logs.training_table(b)
+    assert plot_logs.training_table(a).markdown() == plot_logs.training_table(b).markdown().replace(b.name, a.name)
 
 
 def test_a_torn_last_line_is_left_out_with_a_warning(report, capsys):
@@ -181,6 +188,125 @@ def test_logs_of_one_name_keep_apart(tmp_path):
         write(tmp_path / folder / "log.jsonl", report_record(1, 2, 1, 8, 9, 8.5))
     runs = plot_logs.read_logs([tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl"], 64)
     assert [run.name for run in runs] == ["a_log", "b_log"]
+
+
+# The report's own log, epoch by epoch: validation losses and mean ranks.
+REPORT_LOSSES = [6.740, 6.592, 6.465, 6.324, 6.167, 6.195, 6.208, 6.194, 6.121, 6.123, 6.000, 6.032, 6.073, 5.934,
+                 5.909, 5.938, 6.064, 5.917, 5.972, 6.021, 5.963, 5.855, 5.363, 4.515, 3.327, 2.439, 1.950, 1.457,
+                 1.358, 1.155]
+REPORT_MEANS = [60, 56, 52, 48, 44, 40, 36, 32.06, 28.83, 26.08, 24.17, 22.28, 21.08, 20.36, 19.89, 19.31, 18.78, 18.67,
+                18.19, 17.92, 17.50, 17.17, 17.08, 17.03, 16.97, 16.86, 16.86, 16.92, 16.78, 16.61]
+
+
+def logged(epochs, ranks=lambda epoch: [8] * 6, **settings):
+    """The records of a run with these validation losses."""
+    return [{"kind": "run", "attention": "causal", "initial_ranks": [64] * 6, **settings}, *(
+        {"kind": "epoch", "epoch": i, "train_loss": loss, "val_loss": loss, "ranks": ranks(i), "tokens_seen": 100 * i,
+         "time_sec": 60, "params_millions": 3 - i / 10} for i, loss in enumerate(epochs, start=1))]
+
+
+def spans(run):
+    """[(phase, first epoch, last epoch)]"""
+    return [(name, epochs[0]["epoch"], epochs[-1]["epoch"]) for name, epochs in plot_logs.phases(run)]
+
+
+def test_the_phases_of_the_reports_run_are_those_of_the_report(tmp_path):
+    def ranks(epoch):
+        mean = REPORT_MEANS[epoch - 1]
+        return [round(mean)] * 6 if epoch < 8 else [round(mean) - 3] * 3 + [round(mean) + 3] * 3
+    run = plot_logs.read_log(write(tmp_path / "log.jsonl", *logged(REPORT_LOSSES, ranks)), "log", 64)
+    assert spans(run) == [("uniform compression", 1, 7), ("differentiation", 8, 22), ("collapse", 23, 30)]
+    assert [str(cell) for cell in plot_logs.phase_table(run).rows[2]][1:4] == ["23 to 30", "5.855", "1.155"]
+
+
+@pytest.mark.parametrize(("losses", "ranks", "found"), [
+    ([9, 7, 5, 4], lambda epoch: [64] * 6, []),  # steady learning is no collapse; fixed ranks do nothing
+    ([5, 5, 4.74], lambda epoch: [64] * 6, [("collapse", 3, 3)]), ([5, 5, 4.76], lambda epoch: [64] * 6, []),
+    ([5, 4.8, 4.5], lambda epoch: [64] * 6, []),  # not without an epoch that brought less than 2%
+    ([9, 8, 7], lambda epoch: [64 - epoch] * 6, [("uniform compression", 1, 3)]),
+    ([9, 8, 7], lambda epoch: [64 - epoch] * 5 + [60], []), ([9, 8, 7], lambda epoch: [64 + epoch] * 6, []),
+    ([9, 9, 7], lambda epoch: [64 - epoch] * (6 - epoch) + [60] * epoch, [("collapse", 3, 3)]),
+    ([9, 9, 7, 6], lambda epoch: [60] * 6 if epoch == 1 else [55] * 5 + [50],
+     [("uniform compression", 1, 1), ("differentiation", 2, 2), ("collapse", 3, 4)])])
+def test_phases_follow_their_rules(tmp_path, losses, ranks, found):
+    run = plot_logs.read_log(write(tmp_path / "log.jsonl", *logged(losses, ranks)), "log", 64)
+    assert spans(run) == found
+
+
+def test_the_reports_tables_beside_the_reports_own_log_differ_by_nothing(report, capsys):
+    plot(report, "--report")
+    said = capsys.readouterr().out.split("beside the report's")
+    first = [line.split("|") for line in said[1].splitlines() if "Loss" in line or " R " in line]
+    assert len(first) == 7 * 5
+    assert all(ours.strip() == theirs.strip() and float(difference) == 0 for _, _, ours, theirs, difference, _ in first)
+    assert [cells(said[2], name)[1:] for name in ("Q", "O", "all")] == [
+        ["11.2", "11.2", "+0.0"], ["22.8", "22.8", "+0.0"], ["16.6", "16.6", "+0.0"]]
+
+
+def test_the_reports_tables_stand_beside_a_log_of_another_shape(tmp_path, capsys):
+    plot(write(tmp_path / "log.jsonl", *logged([7, 7, 6, 6, 5])), "--report")
+    said = capsys.readouterr().out
+    assert cells(said, "5 Val Loss")[1:] == ["5.000", "6.167", "-1.167"]
+    assert "10 Val Loss" not in said
+    assert cells(said.split("Table 2 beside")[1], "O")[1:] == ["8.0", "22.8", "-14.8"]
+
+
+def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):
+    logs = [write(tmp_path / f"v10_s{seed}.jsonl", *logged([6, loss], seed=seed, lr=0.1, log_file=f"v10_s{seed}"))
+            for seed, loss in enumerate((5.5, 5.0, 4.5))]
+    other = write(tmp_path / "other.jsonl", *logged([6, 5], seed=0, lr=0.2))
+    plot(*logs, other)
+    row = cells(capsys.readouterr().out.split("# Comparison")[1], "v10")
+    assert (row[1], row[5], row[6]) == ("3", "5.000 (4.500 to 5.500)", "2 (2 to 2)")
+    groups = plot_logs.grouped(plot_logs.read_logs([*logs, other], 64))
+    assert [(group.name, len(group.runs)) for group in groups] == [("v10", 3), ("other", 1)]
+    figure = plot_logs.losses_figure(groups)
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines if "v10" in str(line.get_label())] == [[6, 5]]
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (4.5, 6)
+    plot_logs.plt.close(figure)
+
+
+def test_logs_without_a_run_record_are_not_taken_for_seeds(report, tmp_path):
+    shutil.copy(report, tmp_path / "report_s1.jsonl")
+    assert len(plot_logs.grouped(plot_logs.read_logs([report, tmp_path / "report_s1.jsonl"], 64))) == 2
+
+
+@pytest.mark.parametrize(("x", "places"), [("epoch", [1, 2]), ("tokens", [100, 200]), ("time", [1, 2]),
+                                           ("parameters", [2.9, 2.8])])
+def test_losses_can_be_drawn_over_epochs_tokens_time_and_parameters(tmp_path, x, places):
+    plot_logs.start_matplotlib()
+    log = write(tmp_path / "log.jsonl", *logged([6, 5]))
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log], 64)), x)
+    assert list(figure.axes[0].lines[0].get_xdata()) == places
+    assert figure.axes[0].get_xlabel() == plot_logs.AXES[x][0]
+    plot_logs.plt.close(figure)
+
+
+def test_an_axis_that_a_log_does_not_say_is_an_error(report, capsys):
+    plot(report, "--x", "tokens", code=2)
+    assert capsys.readouterr().err == ("plot_logs.py: error: report: its log does not say the training tokens, which "
+                                       "--x tokens asks for\n")
+
+
+def test_csv_has_plain_numbers_and_ranges_in_columns_of_their_own(tmp_path):
+    logs = [write(tmp_path / f"v10_s{seed}.jsonl", *logged([6, loss], seed=seed))
+            for seed, loss in ((0, 5.5), (1, 4.5))]
+    plot(*logs, "--out", tmp_path / "out")
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        row, = csv.DictReader(file)
+    assert [float(row[f"best val loss{which}"]) for which in ("", ", lowest", ", highest")] == [5, 4.5, 5.5]
+    assert (row["run"], row["n"], float(row["parameters"]), row["floor"]) == ("v10", "2", 2_800_000, "")
+
+
+def test_tex_is_a_booktabs_table_with_its_signs_escaped():
+    cell = plot_logs.Cell
+    table = plot_logs.Table("t", "50% of a_b", ["R & D", "FFN \N{UPWARDS ARROW}"], [
+        ["a_1", cell(None)], ["b", cell([1.0, 2.0], ".1f", "%")]])
+    assert table.latex().splitlines() == [
+        r"\begin{table}", r"\centering", r"\caption{50\% of a\_b}", r"\begin{tabular}{lr}", r"\toprule",
+        r"R \& D & FFN $\uparrow$ \\", r"\midrule", r"a\_1 & -- \\", r"b & 1.5\% (1.0 to 2.0) \\",
+        r"\bottomrule", r"\end{tabular}", r"\end{table}"]
 
 
 def test_the_real_command_does_not_import_torch(run, tmp_path):

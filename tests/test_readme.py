@@ -20,7 +20,7 @@ DEMO = ROOT / "logs" / "reference" / "demo"
 
 def test_its_comparison_is_what_plot_logs_makes_of_the_reference_logs():
     runs = plot_logs.read_logs([DEMO / f"{name}.jsonl" for name in ("v10", "v10_bidirectional", "v7")], 64)
-    assert plot_logs.comparison_table(runs) in README
+    assert plot_logs.comparison_table(plot_logs.grouped(runs)).markdown() in README
 
 
 def test_the_reference_runs_are_those_of_the_makefile():

@@ -1,0 +1,514 @@
+"""What the study's logs say: the answers, with tables and figures, in RESULTS.md and in README's section "Results".
+
+    python3 results.py                                                 from logs/reference/study   (make results)
+    python3 results.py --study logs/study --out logs/study/results     from runs of one's own; README stays
+
+Every number, and every "lower" and "higher", is computed from the logs. Differences are between runs of one seed.
+"""
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import plot_logs
+from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, perplexity
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- make results writes from here -->", "<!-- to here -->"
+OURS = "5c53"  # SHA-256 of the text that the committed logs were trained on begins with it
+NAMES = {"dense": "dense (v7)", "fixed": "fixed at the initial rank", "adaptive": "adaptive (v10)",
+         "fixed_mean": "fixed at the mean rank found", "retrained": "ranks found, trained afresh"}
+SETTINGS = {"": "the report's settings", "tuned_": "tuned on the dense model"}
+
+
+class Study:
+    """The logs of a folder: groups of ended runs by name, and the other records."""
+
+    def __init__(self, folder):
+        self.groups, records, found = {}, [], defaultdict(list)
+        if not folder.is_dir():
+            raise LogError(f"{folder}: there is no such folder")
+        for path in sorted(folder.glob("*.jsonl")):
+            name, _, seed = path.stem.rpartition("_s")
+            if seed.isdigit():
+                run = plot_logs.read_log(path, path.stem, 64)
+                found[name] += [run] * bool(run.end)
+            else:
+                records += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        self.groups = {name: Group(name, runs) for name, runs in found.items() if runs}
+        self.ngrams, self.speed = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
+                                   for kind in ("ngrams", "speed"))
+        self.probes = defaultdict(list)
+        for record in records:
+            if record["kind"] == "probe":
+                self.probes[record["run"]].append(record)
+
+    def has(self, *names):
+        return all(name in self.groups for name in names)
+
+    def values(self, name, value):
+        return self.groups[name].values(value)
+
+    def cell(self, name, value, form=".3f"):
+        return Cell(self.values(name, value), form)
+
+    def differences(self, name, other, value):
+        """[value of `name` - value of `other`] for the seeds that both have."""
+        by_seed = [{run.settings["seed"]: value(run) for run in self.groups[n].runs} for n in (name, other)]
+        return [by_seed[0][seed] - by_seed[1][seed] for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+
+    def probe(self, name, key):
+        return [record[key] for record in self.probes[name]]
+
+
+def best_loss(run):
+    return plot_logs.best(run)["val_loss"]
+
+
+def last_loss(run):
+    return run.epochs[-1]["val_loss"]
+
+
+def best_epoch(run):
+    return plot_logs.best(run)["epoch"]
+
+
+def mean_rank(run):
+    return run.epochs[-1].get("rank_avg")
+
+
+def linear_parameters(run):
+    return run.epochs[-1]["factor_params_millions"]
+
+
+def collapse(run):
+    """The first epoch of the collapse, None where there is none."""
+    return next((epochs[0]["epoch"] for name, epochs in plot_logs.phases(run) if name == "collapse"), None)
+
+
+def told(values, form=".3f"):
+    """Mean, range and n, in words."""
+    return f"{Cell(values, form)}, n = {len(values)}"
+
+
+def compared(values, what="lower", opposite="higher"):
+    """Differences in words: how far below or above, in how many seeds."""
+    low = sum(value < 0 for value in values)
+    word, count = (what, low) if fmean(values) < 0 else (opposite, sum(value > 0 for value in values))
+    return f"{Cell([abs(fmean(values))], '.3f')} nats {word} ({count} of {len(values)} seeds)"
+
+
+def commands(study, *names):
+    """The commands of the first seed, as a block of Markdown."""
+    return "\n".join(["```", *(f"python3 {study.groups[name].first.settings['command']}" for name in names), "```"])
+
+
+# ---- The questions ---------------------------------------------------------------------------------------------------
+
+def leak(study):
+    """Is the collapse a leak?"""
+    rows = []
+    for name, label in (("bidirectional", f"adaptive, no mask: {LEAK}"),
+                        ("bidirectional_fixed", f"fixed, no mask: {LEAK}"),
+                        ("bidirectional_dense", f"dense, no mask: {LEAK}"), ("adaptive", "adaptive, causal")):
+        rows.append([label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
+                     study.cell(name, lambda run: perplexity(best_loss(run)), ",.2f"),
+                     study.cell(name, collapse, ".0f"), *(Cell(study.probe(name, key), form) for key, form in (
+                         ("val_loss_masked", ".3f"), ("loss_at_last_position", ".3f"),
+                         ("loss_at_other_positions", ".3f"), ("predicts_word_put_there", ".1%"),
+                         ("predicts_word_of_the_text", ".1%")))])
+    for kind, label in (("bigram", "pairs of words, counted"), ("unigram", "words, counted")):
+        loss = study.ngrams[kind]
+        rows.append([label, DASH, Cell(loss, ".3f"), Cell(perplexity(loss), ",.2f"), *[DASH] * 6])
+    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapse from epoch", "with the mask put on",
+                               "at the last position", "at the others", "predicts the word put there",
+                               "the word of the text"], rows)
+    unmasked, causal = study.values("bidirectional", best_loss), study.values("adaptive", best_loss)
+    bigram, copied = study.ngrams["bigram"], fmean(study.probe("bidirectional", "predicts_word_put_there"))
+    text = (f"Without the mask the validation loss reaches {told(unmasked)}, where counting pairs of words gives "
+            f"{bigram:.3f}; with it, the same model with the same data and steps reaches {told(causal)}. ")
+    masked, at_last, at_others = (Cell(study.probe("bidirectional", key), ".3f") for key in (
+        "val_loss_masked", "loss_at_last_position", "loss_at_other_positions"))
+    put_there, of_the_text = (Cell(study.probe("bidirectional", key), ".0%") for key in (
+        "predicts_word_put_there", "predicts_word_of_the_text"))
+    text += ("The collapse is a leak: once" if copied > 0.5 else "Whether the collapse is a leak is open: once")
+    text += (f" the mask is put on, the unmasked weights score {masked}; at the last position of each block, the only one "
+             f"whose target is not among the inputs, {at_last} ({at_others} at the others); and where an input word is "
+             f"replaced by a random one, the prediction before it is the replacement in {put_there} of cases and the word "
+             f"of the text in {of_the_text}.")
+    return [table], text
+
+
+def comparison_rows(study, prefix):
+    """A row for each configuration of one regime, and its name."""
+    dense, names = f"{prefix}dense", [prefix + name for name in NAMES if study.has(prefix + name)]
+    for name in names:
+        speed = study.speed.get("over_dense", {}).get(name, 1.0 if name == dense else None)
+        yield name, [NAMES[name.removeprefix(prefix)], str(len(study.groups[name].runs)),
+                     study.cell(name, mean_rank, ".1f"), study.cell(name, linear_parameters, ".2f"),
+                     Cell(speed and 1 / speed, ".2f"), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
+                     Cell(study.differences(name, dense, best_loss) if name != dense else None, "+.3f"),
+                     study.cell(name, last_loss), study.cell(name, lambda run: perplexity(best_loss(run)), ",.1f")]
+    if study.speed:
+        losses, epochs = equal_time(study, prefix)
+        yield f"{prefix}dense_equal_time", [
+            f"dense, stopped in adaptive's time ({epochs} epochs)", str(len(losses)), DASH,
+            study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH,
+            Cell([loss - best_loss(run) for run in study.groups[dense].runs
+                  if (loss := losses.get(run.settings["seed"]))], "+.3f"), DASH,
+            Cell([perplexity(loss) for loss in losses.values()], ",.1f")]
+
+
+def equal_time(study, prefix):
+    """-> ({seed: the dense model's best loss within the time that the adaptive run takes}, in how many epochs). Under a
+    constant rate a shorter run is the beginning of a longer one; under a cosine it is a run of its own."""
+    ratio = study.speed["over_dense"][f"{prefix}adaptive"]
+    runs = study.groups[f"{prefix}dense"].runs
+    epochs = round(ratio * len(runs[0].epochs))
+    if prefix:
+        runs = study.groups[f"{prefix}dense_equal_time"].runs if study.has(f"{prefix}dense_equal_time") else []
+        epochs = len(runs[0].epochs) if runs else epochs
+    return {run.settings["seed"]: min(epoch["val_loss"] for epoch in run.epochs[:epochs]) for run in runs}, epochs
+
+
+def comparison(study):
+    """Is adaptive rank worth it?"""
+    tables, texts = [], []
+    for prefix, settings in SETTINGS.items():
+        adaptive, dense = f"{prefix}adaptive", f"{prefix}dense"
+        tables.append(Table(f"{prefix}comparison", f"With {settings}", [
+            "", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
+            "at epoch", f"{DASH} dense", "last val loss", "perplexity"],
+            [row for _, row in comparison_rows(study, prefix)]))
+        share = fmean(study.values(adaptive, linear_parameters)) / fmean(study.values(dense, linear_parameters))
+        said = [f"the dense model ({compared(study.differences(dense, adaptive, best_loss))})"]
+        said += [f"{what} ({compared(study.differences(prefix + name, adaptive, best_loss))})"
+                 for name, what in (("fixed", "the initial rank kept"), ("fixed_mean", "one fixed rank, the mean found"),
+                                    ("retrained", "the ranks found, trained afresh"))]
+        losses, _ = equal_time(study, prefix)
+        at_time = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs
+                   if run.settings["seed"] in losses]
+        texts.append(f"With {settings}, against adaptive rank in best loss at equal steps: {'; '.join(said)}; and the "
+                     f"dense model in equal time ({compared(at_time)}). Adaptive ends with "
+                     f"{share:.0%} of the dense model's parameters in the linear layers.")
+    return tables, "\n\n".join([*texts, verdict(study)])
+
+
+def verdict(study):
+    """Who wins, in a sentence for each regime and one on when adaptive rank is worth it."""
+    said = []
+    for prefix, settings in SETTINGS.items():
+        mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
+        order = sorted(mean, key=mean.get)
+        said.append((f"**With {settings} the lowest loss is that of: {NAMES[order[0]]}; adaptive is number "
+                     f"{order.index('adaptive') + 1} of {len(order)}.**", mean))
+    text = " ".join(sentence for sentence, _ in said)
+    wins = [all(fmean(study.differences(prefix + "adaptive", prefix + name, best_loss)) < 0 for name in
+                ("fixed_mean", "retrained")) for prefix in SETTINGS]
+    where = [settings for settings, won in zip(SETTINGS.values(), wins, strict=True) if won]
+    return text + (" For the parameters that it ends with, adapting the ranks " + (
+        "does not beat ranks that are fixed from the start." if not where else
+        f"beats ranks that are fixed from the start with {' and with '.join(where)}."))
+
+
+def hypotheses(study):
+    """The report's three explanations (its section 5.2)."""
+    def epochs_of(name):
+        return [found if (found := collapse(run)) is not None else None for run in study.groups[name].runs]
+
+    def when(name):
+        found = epochs_of(name)
+        came = [epoch for epoch in found if epoch is not None]
+        return (f"the collapse comes in {len(came)} of {len(found)} seeds"
+                + (f", from epoch {Cell(came, '.0f')}" if came else "")
+                + f"; the loss reaches {told(study.values(name, best_loss))}")
+
+    def judged(against):
+        return "speaks against it" if against else "does not speak against it"
+    moving = [run.epochs[epoch - 1]["resized"] for run in study.groups["bidirectional"].runs
+              if (epoch := collapse(run)) is not None]
+    layers = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
+    of_fixed, of_dense, of_long = (epochs_of(name) for name in ("bidirectional_fixed", "bidirectional_dense", "long"))
+    long = study.groups["long"].first.epochs
+    rows = [
+        ["Rank stabilization enables optimization", "no mask, ranks fixed from the start", when("bidirectional_fixed"),
+         judged(None not in of_fixed)],
+        ["Compression as regularization", "no mask, dense layers", when("bidirectional_dense"),
+         judged(None not in of_dense)],
+        ["Delayed feature learning", f"causal, adaptive, {len(long)} epochs", when("long"),
+         judged(set(of_long) == {None})]]
+    text = (f"With adaptive ranks and no mask {when('bidirectional')}: at its first epoch "
+            f"{Cell(moving, '.0f')} of {layers} layers change their rank, so nothing has become stable by then. "
+            f"The causal run of {len(long)} epochs has its lowest loss at epoch "
+            f"{Cell(study.values('long', best_epoch), '.0f')} and ends at {told(study.values('long', last_loss))}.")
+    return [Table("hypotheses", "", ["the report's explanation", "the run that could refute it", "what happens",
+                                     "which"], rows)], text
+
+
+def choices(study):
+    """What becomes of the optimizer at a resize, and how the stable rank is estimated."""
+    rows = [[label, str(len(study.groups[name].runs)), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
+             Cell(study.differences(name, "adaptive", best_loss) if name != "adaptive" else None, "+.3f"),
+             study.cell(name, last_loss), study.cell(name, mean_rank, ".1f")]
+            for name, label in (("adaptive", "reinit, 5 power iterations (the report's)"),
+                                ("transport", "transport, 5 power iterations"), ("exact", "reinit, exact stable rank"))]
+    over = [measured / exact - 1 for run in study.groups["adaptive"].runs for epoch in run.epochs
+            for measured, exact in zip(epoch["stable_ranks"], epoch["stable_ranks_exact"], strict=True)]
+    text = (f"Carrying AdamW's moments through a resize makes the best loss "
+            f"{compared(study.differences('transport', 'adaptive', best_loss))} than dropping them, and the last one "
+            f"{compared(study.differences('transport', 'adaptive', last_loss))}. Five power iterations over-state the "
+            f"stable rank by {fmean(over):.1%} on average over the epochs and layers of the adaptive runs; with exact "
+            f"values the mean rank ends at {study.cell('exact', mean_rank, '.1f')} instead of "
+            f"{study.cell('adaptive', mean_rank, '.1f')}, and the best loss is "
+            f"{compared(study.differences('exact', 'adaptive', best_loss))}.")
+    return [Table("choices", "", ["", "n", "best val loss", "at epoch", f"{DASH} the report's", "last val loss",
+                                  "mean rank at the end"], rows)], text
+
+
+def by_projection(run):
+    """The mean final ranks of the six projections."""
+    return [fmean(column) for column in zip(*run.blocks(), strict=True)]
+
+
+RANKED = {"bidirectional": f"no mask: {LEAK}", "adaptive": "causal", "exact": "causal, exact stable rank",
+          "transport": "causal, transport", "tuned_adaptive": "causal, tuned", "long": "causal, longer"}
+
+
+def projections(study):
+    """Do the projection types differ as the report's Table 2 says?"""
+    report = [fmean(column) for column in zip(*plot_logs.REPORT_RANKS, strict=True)]
+    rows = [["the report", DASH, *(Cell(mean, ".1f") for mean in [*report, fmean(report)])]]
+    for name, label in RANKED.items():
+        means = [by_projection(run) for run in study.groups[name].runs]
+        rows.append([label, str(len(means)), *(Cell(list(column), ".1f") for column in zip(*means, strict=True)),
+                     Cell([fmean(mean) for mean in means], ".1f")])
+    causal = [by_projection(run) for run in study.groups["adaptive"].runs]
+    lowest = sum(max(mean[:2]) < min(mean[2:]) for mean in causal)
+    highest = sum(mean[3] > max(mean[:3]) for mean in causal)
+    means = [fmean(column) for column in zip(*causal, strict=True)]
+    order = sorted(range(6), key=means.__getitem__)
+    names = [plot_logs.PROJECTIONS[i] for i in order]
+    text = (f"In the report Q and K have the lowest ranks and O the highest of the attention projections; under the "
+            f"mask Q and K are the two lowest in {lowest} of {len(causal)} seeds, and O is the highest of the four in "
+            f"{highest} of {len(causal)}. From lowest to highest mean the order here is {', '.join(names)}, between "
+            f"{means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
+    return [Table("projections", "", ["", "n", *plot_logs.PROJECTIONS, "all"], rows)], text
+
+
+def untrained(study):
+    """How much of the reduction is the controller's own?"""
+    epochs = [epoch for epoch in plot_logs.REPORT_TRAINING if epoch <= len(study.groups["untrained"].first.epochs)]
+    rows = [[str(epoch), Cell(study.values("untrained", lambda run, e=epoch: run.epochs[e - 1]["rank_avg"]), ".1f"),
+             Cell(plot_logs.REPORT_TRAINING[epoch][4], ".1f")] for epoch in epochs]
+    left, start = study.values("untrained", mean_rank), study.groups["untrained"].first.initial_rank
+    end = plot_logs.REPORT_TRAINING[30][4]
+    text = (f"In a model of the report's size whose weights learn nothing (a learning rate of 1e-12), the same "
+            f"controller takes the mean rank from {start:g} to {told(left, '.1f')} in {epochs[-1]} updates, because the "
+            f"stable rank of a random product is far below its rank, and falls with it. That is "
+            f"{(start - fmean(left)) / (start - end):.0%} of the report's reduction from {start:g} to {end:g}, with "
+            f"nothing learnt at all.")
+    return [Table("untrained", "", ["update", "mean rank, untrained", "the report's"], rows)], text
+
+
+def official(study):
+    """The official validation file."""
+    rows = []
+    for name in ("dense", "adaptive", "tuned_dense", "tuned_adaptive"):
+        tests = [[run.end.get(f"test_loss_{which}") for run in study.groups[name].runs] for which in ("best", "last")]
+        rows.append([f"{NAMES[name.removeprefix('tuned_')]}, {SETTINGS['tuned_' * name.startswith('tuned_')]}",
+                     str(len(study.groups[name].runs)), study.cell(name, best_loss), *(Cell(t, ".3f") for t in tests),
+                     Cell([perplexity(loss) for loss in tests[0] if loss is not None], ",.1f")])
+    gap = [run.end["test_loss_best"] - best_loss(run) for run in study.groups["tuned_dense"].runs
+           if run.end.get("test_loss_best") is not None]
+    text = (f"On the official validation file the tuned dense model's loss is {told(gap, '+.3f')} nats beside its loss "
+            "on the held-out end of the training text. Words outside the small vocabulary count as `<unk>` there, which "
+            "is easy to predict, so that these perplexities cannot be compared with published ones.")
+    return [Table("official", "", ["", "n", "best val loss", "official file, best epoch", "last epoch",
+                                   "perplexity, best epoch"], rows)], text
+
+
+QUESTIONS = [  # title, function, the runs whose commands are shown
+    ("Is the collapse a leak?", leak, ("bidirectional", "adaptive")),
+    ("Is adaptive rank worth it?", comparison, ("dense", "fixed", "adaptive", "fixed_mean", "retrained", "tuned_dense")),
+    ("The report's three explanations", hypotheses, ("bidirectional_fixed", "bidirectional_dense", "long")),
+    ("How much of the reduction is the controller's own?", untrained, ("untrained",)),
+    ("Reinit or transport, five power iterations or the exact value?", choices, ("transport", "exact")),
+    ("Do the projection types differ?", projections, ("adaptive",)),
+    ("The official validation file", official, ("tuned_dense",)),
+]
+NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "long", "untrained", "transport", "exact",
+          *(prefix + name for prefix in SETTINGS for name in NAMES)}
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+def leak_figure(study):
+    """Validation losses with and without the mask, and what the unmasked weights score once it is put on."""
+    plt, np = plot_logs.plt, plot_logs.np
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for i, (name, label) in enumerate((("adaptive", "causal, adaptive"), ("dense", "causal, dense"),
+                                       ("bidirectional", "no mask, adaptive"),
+                                       ("bidirectional_fixed", "no mask, fixed"),
+                                       ("bidirectional_dense", "no mask, dense"))):
+        runs = study.groups[name].runs
+        epochs, losses = [epoch["epoch"] for epoch in runs[0].epochs], np.array(
+            [[epoch["val_loss"] for epoch in run.epochs] for run in runs])
+        style = "-" if i < 2 else "--"
+        label += f" ({LEAK})" * (i >= 2)
+        axes.plot(epochs, losses.mean(0), style, color=f"C{i}", label=f"{label}, n = {len(runs)}")
+        axes.fill_between(epochs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
+        masked = study.probe(name, "val_loss_masked") if i >= 2 else []
+        axes.plot([epochs[-1]] * len(masked), masked, "x", color=f"C{i}")
+    axes.plot([], [], "x", color="gray", label="the same weights, mask put on")
+    for kind, style, label in (("bigram", ":", "pairs of words, counted"), ("unigram", "-.", "words, counted")):
+        axes.axhline(study.ngrams[kind], color="black", linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
+             title="Without the mask the loss collapses, whatever the ranks do; with it, it does not")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def comparison_figure(study):
+    """Best validation losses of every configuration, a dot a seed, in both regimes."""
+    plt = plot_logs.plt
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axes, (prefix, settings) in zip(panels, SETTINGS.items(), strict=True):
+        labels = []
+        for i, name in enumerate(NAMES):
+            losses = study.values(prefix + name, best_loss)
+            millions = fmean(study.values(prefix + name, linear_parameters))
+            axes.plot(losses, [i] * len(losses), "o", color=f"C{i}", alpha=0.6)
+            axes.plot(fmean(losses), i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
+            axes.annotate(f"{millions:.2f}M", (1, i), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+                          textcoords="offset points", ha="right", va="center", fontsize=8, color="gray")
+            labels.append(NAMES[name])
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.margins(x=0.25)
+        axes.set(xlabel="best validation loss (nats per token)", title=f"{settings}")
+        axes.grid(alpha=0.3, axis="x")
+    figure.suptitle("Causal, equal steps: a dot a seed, a bar for the mean; right: parameters in the linear layers",
+                    fontsize=10)
+    return figure
+
+
+def ranks_figure(study):
+    """Mean ranks over the updates: the report's, those of untrained weights of its size, and ours."""
+    plt, np = plot_logs.plt, plot_logs.np
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    report = plot_logs.REPORT_TRAINING
+    axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4,
+              label=f"the report (no mask: {LEAK})")
+    for i, (name, label) in enumerate((("untrained", "the report's size, nothing learnt"),
+                                       ("adaptive", "study, causal"), ("tuned_adaptive", "study, causal, tuned"),
+                                       ("bidirectional", f"study, no mask: {LEAK}"), ("long", "study, causal, longer"))):
+        runs = study.groups[name].runs
+        ranks = np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
+        epochs = range(ranks.shape[1])
+        axes.plot(epochs, ranks.mean(0), color=f"C{i}", label=f"{label}, n = {len(runs)}")
+        axes.fill_between(epochs, ranks.min(0), ranks.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
+    axes.set(xlabel="rank updates (one an epoch)", ylabel="mean rank", ylim=(0, None), title="Mean ranks")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+FIGURES = {"leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
+
+
+# ---- The pages -------------------------------------------------------------------------------------------------------
+
+def setup(study):
+    """What was run, in a paragraph."""
+    run = study.groups["adaptive"].first
+    s = run.settings
+    seeds = sorted({run.settings["seed"] for run in study.groups["adaptive"].runs})
+    text = (f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation words of WikiText-2, {s['vocab_size']:,} "
+            f"distinct; d_model {s['d_model']}, {s['n_layers']} layers, block {s['block_size']}, batch "
+            f"{s['batch_size']}, {s['epochs']} epochs of {s['steps_per_epoch']} steps, learning rate {s['lr']:g}, initial "
+            f"rank {run.initial_rank:g}, seeds {', '.join(map(str, seeds))}; torch {s['versions']['torch']}, "
+            f"{s['dtype']} on {s['device']} ({s['device_name']}).")
+    if s["data_sha256"].startswith(OURS):
+        text += " The training articles stood in another order than in the official file."
+    return text
+
+
+def results_page(study, figures):
+    """RESULTS.md."""
+    chosen = study.groups["tuned_dense"].first.settings
+    parts = [
+        "# Results", "Written by `make results` from the logs of `make study`. " + setup(study),
+        "Losses are in nats per token; cells are means over the seeds with their range. A difference is between runs of "
+        "one seed. \"The report's settings\" are its optimizer, a constant rate and no dropout; \"tuned\" is the best of "
+        f"{sum(name.startswith('search') for name in study.groups)} dense runs of seed 0: learning rate {chosen['lr']:g}, "
+        f"dropout {chosen['dropout']:g}, cosine schedule, {chosen['warmup_steps']} steps of warm-up. Speed is that of a "
+        "training step over the dense model's, one step of each in turn."]
+    for number, (title, question, names) in enumerate(QUESTIONS, start=1):
+        tables, text = question(study)
+        parts += [f"## {number}. {title}", text]
+        for table in tables:
+            parts += [f"{table.title}:"] * bool(table.title) + [table.markdown()]
+        parts += [f"![{title}]({figures}/{name}.png)" for name, of in (
+            ("leak", leak), ("comparison", comparison), ("ranks", untrained)) if of is question]
+        parts.append(commands(study, *names))
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_section(study, figures):
+    """README's section: the setup, the comparison in one table, two figures, and the answers."""
+    header = ["causal, equal steps", "M parameters in the linear layers", "speed", "best val loss", "perplexity",
+              "tuned: best val loss", "perplexity"]
+    tuned = {name.removeprefix("tuned_"): row for name, row in comparison_rows(study, "tuned_")}
+    rows = [[row[0], row[3], row[4], row[5], row[9], tuned[name][5], tuned[name][9]]
+            for name, row in comparison_rows(study, "")]
+    table = Table("results", "", header, rows)
+    answers = [question(study)[1] for question in (leak, hypotheses, untrained, projections)]
+    return "\n\n".join([
+        BEGIN, setup(study), f"![Losses with and without the mask]({figures}/leak.png)",
+        "- **The collapse.** " + answers[0],
+        "- **The report's explanations.** " + answers[1],
+        "- **The reduction.** " + answers[2],
+        "- **The projections.** " + answers[3],
+        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), verdict(study), END])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="results.py", description="Writes the study's answers from its logs.",
+                                     allow_abbrev=False)
+    parser.add_argument("--study", type=Path, default=HERE / "logs" / "reference" / "study", help="folder of its logs")
+    parser.add_argument("--out", type=Path, help="folder of RESULTS.md and figures/; default: RESULTS.md and README.md "
+                        "here, figures beside the logs")
+    args = parser.parse_args(argv)
+    try:
+        study = Study(args.study)
+        missing = sorted(NEEDED - set(study.groups))
+        if missing or not study.speed or not study.ngrams or not study.probes:
+            raise LogError(f"{args.study} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
+                           "missing; `make study` goes on with it")
+        page = (args.out or HERE) / "RESULTS.md"
+        folder = (args.out or args.study) / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = folder.name if args.out else folder.relative_to(HERE).as_posix()
+        page.write_text(results_page(study, shown), encoding="utf-8")
+        if not args.out:
+            readme = (HERE / "README.md").read_text(encoding="utf-8")
+            before, rest = readme.split(BEGIN)
+            text = before + readme_section(study, shown) + rest.split(END)[1]
+            (HERE / "README.md").write_text(text, encoding="utf-8")
+        plot_logs.start_matplotlib()
+        for name, figure in FIGURES.items():
+            plot_logs.save(figure(study), folder / name)
+        print(f"{page}\n" + "\n".join(str(folder / f"{name}.png") for name in FIGURES))
+        return 0
+    except LogError as error:
+        print(f"results.py: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"results.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

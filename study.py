@@ -156,15 +156,37 @@ class Study:
         return [sys.executable, str(v10.HERE / SCRIPTS[run.script]), *flags, "--log-file", str(self.log(run.stem))]
 
     def data(self):
-        """The text to train on; the small size's is made from the data file, once."""
-        if self.args.size == "report" and not self.args.short:
-            return self.args.data_file
+        """The text that the runs train on."""
+        return self.args.data_file if self.args.size == "report" else self.out / "words.tokens"
+
+    def prepare(self):
+        """Make the small size's text, and count on it. Raises UserError where the folder has runs of another size or
+        text, or where there is no text."""
+        for name in (self.args.data_file, *[self.args.test_file] * bool(self.args.test_file)):
+            if not any(path.exists() for path in (Path(name), v10.HERE / "data" / name)):
+                raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
+        for run in (run for run in [*self.runs, *self.later] if run.sized):
+            for record in self.records(run.stem, "run"):
+                for name in ("d_model", "n_layers", "d_ff", "block_size", "batch_size", "steps_per_epoch"):
+                    if record.get(name) != getattr(self.defaults, name):
+                        raise v10.UserError(f"{self.log(run.stem)} is of another size: choose another --out")
         path = self.out / "words.tokens"
-        if not path.exists():
+        if self.args.size != "report":
             words = v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS]
             count = Counter(words)
-            path.write_text(" ".join(word if count[word] >= RARE else "<unk>" for word in words), encoding="utf-8")
-        return path
+            text = " ".join(word if count[word] >= RARE else "<unk>" for word in words)
+            if not path.exists():
+                path.write_text(text, encoding="utf-8")
+            elif path.read_text(encoding="utf-8") != text:
+                raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
+        try:
+            train, val, *_ = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
+                                             self.defaults.block_size)
+        except v10.UserError:
+            path.unlink(missing_ok=True)
+            raise
+        if not self.records("ngrams", "ngrams"):
+            v10.write_record(self.log("ngrams"), "ngrams", **ngram_losses(train, val))
 
     def train(self, run):
         """Start or resume a run, wait for it, probe it, keep of it only the log."""
@@ -354,17 +376,7 @@ def main(argv=None):
             return 0
         study.out.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, v10.stop)
-        for name in (study.args.data_file, *[study.args.test_file] * bool(study.args.test_file)):
-            if not any(path.exists() for path in (Path(name), v10.HERE / "data" / name)):
-                raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
-        for run in (run for run in everything if run.sized):
-            for record in study.records(run.stem, "run"):
-                if " ".join(study.size) not in record["command"]:
-                    raise v10.UserError(f"{study.log(run.stem)} is of another size: choose another --out, or move it")
-        if not study.records("ngrams", "ngrams"):
-            train, val, *_ = v10.load_corpus(v10.find_data(str(study.data())), study.defaults.val_fraction,
-                                             study.defaults.block_size)
-            v10.write_record(study.log("ngrams"), "ngrams", **ngram_losses(train, val))
+        study.prepare()
         complete = study.all(study.runs)
         if complete:
             if not study.records("speed", "speed") and any(run.at_equal_time for run in study.later):

@@ -1,0 +1,277 @@
+"""The study's runs, what they measure, and the answers that results.py makes of their logs."""
+import argparse
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import plot_logs
+import results
+import study
+import v10_transformer_lowrank_scaled as v10
+from conftest import ROOT, records, untimed
+
+REFERENCE = ROOT / "logs" / "reference" / "study"
+TINY = [sys.executable, ROOT / "study.py", "--short", "--seeds", "1", "--only", "retrained", "bidirectional",
+        "--data-file", ROOT / "data" / "synthetic.tokens", "--test-file", ""]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a study of three tiny runs, two that were asked for and one that another needs."""
+    out = tmp_path_factory.mktemp("study")
+    subprocess.run([*TINY, "--out", out], check=True, capture_output=True)
+    return out
+
+
+def asked(out, **flags):
+    """The Study that these flags ask for."""
+    defaults = {"out": out, "size": "small", "short": False, "seeds": 3, "only": None}
+    return study.Study(argparse.Namespace(**defaults | flags))
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+def test_a_study_trains_what_is_asked_for_and_what_that_needs(tiny):
+    assert {path.name for path in tiny.iterdir()} == {
+        "words.tokens", "ngrams.jsonl", "probes.jsonl",
+        *(f"{name}_s0.jsonl" for name in ("adaptive", "retrained", "bidirectional"))}
+    adaptive, retrained = (tiny / f"{name}_s0.jsonl" for name in ("adaptive", "retrained"))
+    assert records(retrained, "run")[0]["initial_ranks"] == records(adaptive, "epoch")[-1]["ranks"] != [64] * 12
+    assert records(retrained, "epoch")[-1]["ranks"] == records(retrained, "run")[0]["initial_ranks"]
+    assert sorted(record["run"] for record in records(tiny / "probes.jsonl")) == ["adaptive", "bidirectional"]
+
+
+def test_the_study_text_is_the_beginning_of_the_data_with_rare_words_as_unk(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WORDS", 900)
+    text = "a b a c b a a b d d a b c c d ".split() * 2
+    (tmp_path / "text").write_text(" ".join(["rare", "twice", *text * 40, "twice"]))
+    ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="")
+    ours.prepare()
+    words = ours.data().read_text().split()
+    assert words == ["<unk>", "<unk>", *(text * 40)[:898]]
+    (tmp_path / "text").write_text("something else " * 1000)
+    with pytest.raises(v10.UserError, match="was made of another text"):
+        ours.prepare()
+    assert ours.data().read_text().split() == words
+    assert asked(tmp_path, size="report", data_file="text").data() == "text"
+
+
+def test_what_is_done_is_skipped(tiny):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny.iterdir()}
+    subprocess.run([*TINY, "--out", tiny], check=True, capture_output=True)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny.iterdir()} == before
+
+
+def test_an_interrupted_study_goes_on_to_the_same_logs(tiny, tmp_path):
+    process = subprocess.Popen([*TINY, "--out", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "adaptive_s0.jsonl").exists() or not records(tmp_path / "adaptive_s0.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert "the same command goes on" in process.communicate()[1]
+    assert not (tmp_path / "retrained_s0.jsonl").exists()
+    subprocess.run([*TINY, "--out", tmp_path], check=True, capture_output=True)
+    for log in tiny.glob("*_s0.jsonl"):
+        assert untimed(tmp_path / log.name) == untimed(log)
+
+
+def test_a_run_that_fails_is_told_and_those_that_need_it_do_not_start(tiny, tmp_path):
+    shutil.copy(tiny / "words.tokens", tmp_path)
+    (tmp_path / "adaptive_s0.jsonl").write_text("my thesis\n")
+    done = subprocess.run([*TINY, "--out", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    failed = [line for line in done.stderr.splitlines() if line.startswith("study.py: error: ")]
+    assert len(failed) == 2
+    assert "adaptive_s0: exit code 2: " in failed[0]
+    assert "adaptive_s0.jsonl is not a log of this suite" in failed[0]
+    assert failed[1].endswith("retrained_s0: it needs adaptive_s0, which has not ended")
+    assert records(tmp_path / "bidirectional_s0.jsonl", "end")
+    assert (tmp_path / "adaptive_s0.jsonl").read_text() == "my thesis\n"
+
+
+def test_every_run_comes_after_those_that_it_needs(tmp_path):
+    ours, seen = asked(tmp_path), set()
+    for run in [*ours.runs, *ours.later]:
+        assert seen >= set(ours.needs(run)), run.stem
+        seen.add(run.stem)
+    assert len(seen) == 4 + 3 * 18
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--only", "nothing"], "argument --only: invalid choice: 'nothing'"), (["--seeds", "4"], "is not a whole number"),
+    (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"), (["--size", "large"], "invalid choice"),
+    (["--data-file", "nowhere"], "there is no nowhere: `make data` fetches WikiText-2"),
+    (["--test-file", "nowhere"], "there is no nowhere"), (["--unknown"], "unrecognized"),
+    (["--data-file", "{tiny}/ngrams.jsonl"], "training tokens, and a block needs"),
+    (["--size", "report", "--out", "{tiny}"], "is of another size")])
+def test_wrong_requests_are_refused_in_one_line(tiny, tmp_path, capsys, monkeypatch, flags, said):
+    monkeypatch.setattr(study.Study, "all", lambda *_: pytest.fail("runs have begun"))
+    out = tmp_path / "out"
+    base = ["--out", str(out), "--data-file", str(ROOT / "data" / "synthetic.tokens"), "--test-file", ""]
+    assert study.main([*base, *(flag.format(tiny=tiny) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+# ---- Measurements ----------------------------------------------------------------------------------------------------
+
+def test_ngram_losses_are_those_of_a_count_by_hand():
+    found = study.ngram_losses(torch.tensor([0, 1, 0, 1, 0, 2]), torch.tensor([0, 1, 2]))
+    unigram = [3 / 9, 2 / 9]  # of 1 and of 2, of three words: (count + 1) / (6 + 3)
+    bigram = [(2 + 2 * unigram[0]) / 5, (0 + 1 * unigram[1]) / 3]  # after 0 came 1, 1, 2; after 1 came 0, 0
+    for name, p in (("unigram", unigram), ("bigram", bigram)):
+        assert found[name] == pytest.approx(-(math.log(p[0]) + math.log(p[1])) / 2)
+
+
+def test_the_pairs_after_a_word_sum_to_one():
+    train = torch.randint(7, (200,), generator=torch.Generator().manual_seed(0))
+    for word in range(7):
+        total = sum(math.exp(-study.ngram_losses(train, torch.tensor([word, then]))["bigram"]) for then in range(7))
+        assert total == pytest.approx(1)
+
+
+class Oracle:
+    """A model that is sure of the next input word where it sees it, else of the last one that it has seen."""
+
+    def __init__(self, attention, words):
+        self.attention, self.words = attention, words
+
+    def eval(self):
+        return self
+
+    def __call__(self, x):
+        seen = torch.cat([x[:, 1:], x[:, :1] * 0], dim=1) if self.attention == "bidirectional" else x
+        logits = 50.0 * torch.nn.functional.one_hot(seen, self.words)
+        if self.attention == "bidirectional":
+            logits[:, -1] = 0
+        return logits
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_a_probe_tells_a_model_that_copies_what_comes_next_from_one_that_does_not(
+        run, text, tmp_path, monkeypatch, attention):
+    log = run("--attention", attention, "--epochs", 1)
+    monkeypatch.setattr(v10, "build_model", lambda content: Oracle(content["config"]["attention"], 50))
+    study.probe(log, text, tmp_path / "probes.jsonl", study.Run("r", seed=3), every=4)
+    found, = records(tmp_path / "probes.jsonl")
+    assert (found["run"], found["seed"], found["attention"]) == ("r", 3, attention)
+    by_chance = 0.3  # that a word of this text is the one before it, or one from elsewhere
+    if attention == "bidirectional":
+        assert (found["accuracy"], found["predicts_word_put_there"]) == (1, 1)
+        assert found["predicts_word_of_the_text"] < by_chance
+        assert found["loss_at_last_position"] == pytest.approx(math.log(50), rel=1e-3)
+        assert found["loss_at_other_positions"] == pytest.approx(0, abs=1e-3)
+        assert found["val_loss_masked"] > 30
+    else:
+        assert found["predicts_word_put_there"] < by_chance
+        assert found["predicts_word_of_the_text"] == found["accuracy"] < by_chance
+        assert found["val_loss_masked"] == found["val_loss"] > 30
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+def test_the_pages_are_what_results_makes_of_the_reference_logs():
+    found = results.Study(REFERENCE)
+    figures = "logs/reference/study/figures"
+    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.results_page(found, figures)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.readme_section(found, figures) in readme
+    for name in results.FIGURES:
+        assert (ROOT / figures / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reference_study_has_three_seeds_of_one_configuration_each():
+    found = results.Study(REFERENCE)
+    for name in results.NEEDED:
+        runs = found.groups[name].runs
+        assert [run.settings["seed"] for run in runs] == [0, 1, 2], name
+        texts = {run.settings["data_sha256"] for run in runs} | {
+            found.groups["untrained" if name == "untrained" else "dense"].first.settings["data_sha256"]}
+        assert len(texts) == 1, name
+    shared = ("lr", "dropout", "lr_schedule", "warmup_steps", "epochs", "steps_per_epoch", "batch_size", "attention")
+    for prefix in results.SETTINGS:
+        of = [{key: run.settings[key] for key in shared} for name in results.NAMES for run in
+              found.groups[prefix + name].runs]
+        assert all(settings == of[0] for settings in of)
+        assert of[0]["attention"] == "causal"
+
+
+def test_no_honest_loss_of_the_reference_study_is_too_good():
+    """None is more than half a nat below what counting pairs of words gives: a leak is several nats."""
+    found = results.Study(REFERENCE)
+    for name, group in found.groups.items():
+        if name != "untrained" and not group.first.sees_targets:
+            assert min(map(results.best_loss, group.runs)) > found.ngrams["bigram"] - 0.5, name
+    assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["bigram"] - 2
+
+
+def fake(folder, better=()):
+    """A study of invented logs, in which the runs of `better` have the lower loss."""
+    folder.mkdir()
+    source = {path.name: path for path in REFERENCE.glob("*.jsonl")}
+    for name, path in source.items():
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        change = -3 if name.rpartition("_s")[0] in better else 0
+        for record in found:
+            if record["kind"] == "epoch":
+                record["val_loss"] += change
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in found))
+    return results.Study(folder)
+
+
+def test_the_verdict_follows_the_logs(tmp_path):
+    wins = results.verdict(fake(tmp_path / "wins", ("adaptive", "tuned_adaptive")))
+    loses = results.verdict(fake(tmp_path / "loses", [
+        prefix + name for prefix in results.SETTINGS for name in results.NAMES if name != "adaptive"]))
+    half = results.verdict(fake(tmp_path / "half", ("tuned_adaptive", *(n for n in results.NAMES if n != "adaptive"))))
+    assert "does not beat ranks that are fixed from the start" in loses
+    assert "beats ranks that are fixed from the start with the report's settings and with" in wins
+    assert "beats ranks that are fixed from the start with settings tuned" in half
+    assert len({wins, loses, half}) == 3
+
+
+def test_an_explanation_is_spoken_against_only_where_its_run_does_so(tmp_path):
+    found = results.hypotheses(fake(tmp_path / "as it was"))[0][0].rows
+    assert [row[-1] for row in found] == ["speaks against it"] * 3
+    study = fake(tmp_path / "turned")
+    for run in study.groups["bidirectional_dense"].runs[:1]:
+        for epoch in run.epochs:
+            epoch["val_loss"] = 6.0
+    study.groups["long"].runs[0].epochs[-1]["val_loss"] = 1.0
+    assert [row[-1] for row in results.hypotheses(study)[0][0].rows] == [
+        "speaks against it", "does not speak against it", "does not speak against it"]
+
+
+def test_a_study_that_is_not_complete_is_not_told(tiny, tmp_path, capsys):
+    for folder, said in ((tiny, "is not complete: "), (tmp_path / "no", "there is no such folder")):
+        assert results.main(["--study", str(folder), "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
+    readme = (ROOT / "README.md").read_bytes()
+    assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "RESULTS.md").read_text().count("(figures/") == len(results.FIGURES)
+    assert all((tmp_path / "figures" / f"{name}.pdf").stat().st_size > 5000 for name in results.FIGURES)
+    assert (ROOT / "README.md").read_bytes() == readme
+
+
+def test_a_difference_is_between_runs_of_one_seed(tmp_path):
+    study = fake(tmp_path / "study")
+    study.groups["fixed"].runs = study.groups["fixed"].runs[1:]
+    found = study.differences("fixed", "dense", results.best_loss)
+    by_hand = [results.best_loss(a) - results.best_loss(b) for a, b in zip(
+        study.groups["fixed"].runs, study.groups["dense"].runs[1:], strict=True)]
+    assert found == by_hand
+    assert plot_logs.show(found, ".3f") == plot_logs.show(by_hand, ".3f")

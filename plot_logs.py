@@ -277,18 +277,16 @@ class Table:
     def latex(self):
         """As a LaTeX table; it needs the package booktabs."""
         def row(cells):
-            text = " & ".join(re.sub(r"([&%$#_])", r"\\\1", str(cell)) for cell in cells) + r" \\"
-            for sign, command in ((DASH, "--"), ("\N{UPWARDS ARROW}", r"$\uparrow$"),
-                                  ("\N{DOWNWARDS ARROW}", r"$\downarrow$"), ("\N{MINUS SIGN}", "$-$")):
-                text = text.replace(sign, command)
-            return text
+            text = " & ".join(re.sub(r"([&%$#_])", r"\\\1", str(cell)) for cell in cells).replace(DASH, "--")
+            return text.replace("\N{UPWARDS ARROW}", r"$\uparrow$").replace("\N{DOWNWARDS ARROW}", r"$\downarrow$")
         return "\n".join([
-            r"\begin{table}", r"\centering", rf"\caption{{{row([self.title])[:-3]}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", row(self.header), r"\midrule",
-            *map(row, self.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+            r"\begin{table}", r"\centering", rf"\caption{{{row([self.title])}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", row(self.header) + r" \\",
+            r"\midrule", *(row(cells) + r" \\" for cells in self.rows), r"\bottomrule", r"\end{tabular}",
+            r"\end{table}", ""])
 
     def records(self):
-        """As rows for csv: plain numbers; a column with means gets two more, of the lowest and highest values."""
+        """As rows for csv: plain numbers; a column of means gets two more, of the lowest and highest values."""
         wide = [any(isinstance(row[i], Cell) and len(row[i].values) > 1 for row in self.rows)
                 for i in range(len(self.header))]
         yield [name for i, title in enumerate(self.header)
@@ -304,11 +302,6 @@ def show(value, form=",.0f"):
 
 def millions(value):
     return None if value is None else round(value * 1e6)
-
-
-def signed(value, form=".3f"):
-    """A difference, with a minus sign that is not a hyphen."""
-    return Cell(value, f"+{form}") if value is not None else Cell(None)
 
 
 def training_table(run):
@@ -330,30 +323,23 @@ def rank_table(run):
 
 
 def report_tables(run):
-    """The report's tables beside this run's, and the differences: losses and ranks of the epochs that both have, and
+    """The report's tables beside this run's, with the differences: losses and ranks of the epochs that both have, and
     the mean final ranks of the projections."""
-    names = ("Train Loss", "Val Loss", "R min", "R max", "R avg")
+    def beside(name, ours, theirs, form):
+        return [name, Cell(ours, form), Cell(theirs, form), Cell(None if ours is None else ours - theirs, f"+{form}")]
     epochs = {epoch["epoch"]: epoch for epoch in run.epochs}
-    rows = []
-    for number, report in REPORT_TRAINING.items():
-        if number in epochs:
-            ours = [epochs[number].get(key) for key in ("train_loss", "val_loss", "rank_min", "rank_max", "rank_avg")]
-            forms = (".3f", ".3f", ".0f", ".0f", ".1f")
-            rows += [[f"{number} {name}", Cell(our, form), Cell(theirs, form),
-                      signed(None if our is None else our - theirs, form)]
-                     for name, form, our, theirs in zip(names, forms, ours, report, strict=True)]
-    header = ["", run.name, "report", "difference"]
-    found = [Table(f"{run.name}_report_training", f"Table 1 beside the report's, {run.name}",
-                   ["Epoch", *header[1:]], rows)]
+    quantities = (("Train Loss", "train_loss", ".3f"), ("Val Loss", "val_loss", ".3f"), ("R min", "rank_min", ".0f"),
+                  ("R max", "rank_max", ".0f"), ("R avg", "rank_avg", ".1f"))
+    header = [run.name, "report", "difference"]
+    yield Table(f"{run.name}_report_training", f"Table 1 beside the report's, {run.name}", ["Epoch", *header], [
+        beside(f"{number} {name}", epochs[number].get(key), theirs, form)
+        for number, report in REPORT_TRAINING.items() if number in epochs
+        for (name, key, form), theirs in zip(quantities, report, strict=True)])
     if run.blocks():
         means = [[fmean(column) for column in zip(*blocks, strict=True)] for blocks in (run.blocks(), REPORT_RANKS)]
-        means = [[*found, fmean(found)] for found in means]
-        found.append(Table(
-            f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
-            ["Projection", *header[1:]],
-            [[name, Cell(ours, ".1f"), Cell(theirs, ".1f"), signed(ours - theirs, ".1f")]
-             for name, ours, theirs in zip((*PROJECTIONS, "all"), *means, strict=True)]))
-    return found
+        yield Table(f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
+                    ["Projection", *header], [beside(name, *both, ".1f") for name, *both in zip(
+                        (*PROJECTIONS, "all"), *([*mean, fmean(mean)] for mean in means), strict=True)])
 
 
 def phase_table(run):
@@ -441,7 +427,7 @@ def contents(runs, report=False):
         if run.assumed:
             yield f"The log does not say the initial rank: {run.initial_rank:g} is assumed (--init-rank)."
         found = [training_table(run), *([rank_table(run)] if run.blocks() else []),
-                 *(report_tables(run) if report else []), *([phase_table(run)] if phases(run) else []), cost_table(run)]
+                 *(report_tables(run) if report else ()), *([phase_table(run)] if phases(run) else []), cost_table(run)]
         for table in found:
             table.title += mark
             yield table

@@ -7,6 +7,7 @@ Every number, and every "lower" and "higher", is computed from the logs. Differe
 """
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- make results writes from here -->", "<!-- to here -->"
 OURS = "5c53"  # SHA-256 of the text that the committed logs were trained on begins with it
 NAMES = {"dense": "dense (v7)", "fixed": "fixed at the initial rank", "adaptive": "adaptive (v10)",
-         "fixed_mean": "fixed at the mean rank found", "retrained": "ranks found, trained afresh"}
-SETTINGS = {"": "the report's settings", "tuned_": "tuned on the dense model"}
+         "fixed_mean": "fixed at the mean found", "retrained": "ranks found and trained afresh"}
+SETTINGS = {"": "the report's settings", "tuned_": "settings tuned on the dense model"}
 
 
 class Study:
@@ -67,6 +68,10 @@ def best_loss(run):
     return plot_logs.best(run)["val_loss"]
 
 
+def best_perplexity(run):
+    return perplexity(best_loss(run))
+
+
 def last_loss(run):
     return run.epochs[-1]["val_loss"]
 
@@ -90,133 +95,131 @@ def collapse(run):
 
 def told(values, form=".3f"):
     """Mean, range and n, in words."""
-    return f"{Cell(values, form)}, n = {len(values)}"
+    mean, low, high = (format(value, form) for value in Cell(values, form).numbers())
+    return f"{mean} ({low} to {high}, n = {len(values)})" if len(values) > 1 else f"{mean} (n = 1)"
 
 
-def compared(values, what="lower", opposite="higher"):
-    """Differences in words: how far below or above, in how many seeds."""
-    low = sum(value < 0 for value in values)
-    word, count = (what, low) if fmean(values) < 0 else (opposite, sum(value > 0 for value in values))
-    return f"{Cell([abs(fmean(values))], '.3f')} nats {word} ({count} of {len(values)} seeds)"
+def compared(values):
+    """Differences of losses in words: how far below or above on average, and in how many seeds."""
+    below = fmean(values) < 0
+    count = sum((value < 0) == below for value in values)
+    return f"{abs(fmean(values)):.3f} nats {'lower' if below else 'higher'} ({count} of {len(values)} seeds)"
+
+
+def listed(parts):
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
+def size_flags(study):
+    """The flags that the causal runs of the study's own size have in common."""
+    commands = [study.groups[name].first.settings["command"].split()[1:] for name in ("adaptive", "dense", "fixed")]
+    return os.path.commonprefix(commands)
 
 
 def commands(study, *names):
-    """The commands of the first seed, as a block of Markdown."""
-    return "\n".join(["```", *(f"python3 {study.groups[name].first.settings['command']}" for name in names), "```"])
+    """The commands of the first seed, as a block of Markdown, with $SIZE for the flags of the study's size."""
+    lines = (f"python3 {study.groups[name].first.settings['command']}" for name in names)
+    return "\n".join(["```", *(line.replace(" ".join(size_flags(study)), "$SIZE") for line in lines), "```"])
 
 
 # ---- The questions ---------------------------------------------------------------------------------------------------
 
+PROBED = {"val_loss_masked": ("with the mask put on", ".3f"), "loss_at_last_position": ("last position", ".3f"),
+          "loss_at_other_positions": ("others", ".3f"), "accuracy": ("right", ".0%"),
+          "predicts_word_put_there": ("word put there", ".0%"), "predicts_word_of_the_text": ("of the text", ".0%")}
+
+
 def leak(study):
     """Is the collapse a leak?"""
-    rows = []
-    for name, label in (("bidirectional", f"adaptive, no mask: {LEAK}"),
-                        ("bidirectional_fixed", f"fixed, no mask: {LEAK}"),
-                        ("bidirectional_dense", f"dense, no mask: {LEAK}"), ("adaptive", "adaptive, causal")):
-        rows.append([label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
-                     study.cell(name, lambda run: perplexity(best_loss(run)), ",.2f"),
-                     study.cell(name, collapse, ".0f"), *(Cell(study.probe(name, key), form) for key, form in (
-                         ("val_loss_masked", ".3f"), ("loss_at_last_position", ".3f"),
-                         ("loss_at_other_positions", ".3f"), ("predicts_word_put_there", ".1%"),
-                         ("predicts_word_of_the_text", ".1%")))])
-    for kind, label in (("bigram", "pairs of words, counted"), ("unigram", "words, counted")):
-        loss = study.ngrams[kind]
-        rows.append([label, DASH, Cell(loss, ".3f"), Cell(perplexity(loss), ",.2f"), *[DASH] * 6])
-    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapse from epoch", "with the mask put on",
-                               "at the last position", "at the others", "predicts the word put there",
-                               "the word of the text"], rows)
-    unmasked, causal = study.values("bidirectional", best_loss), study.values("adaptive", best_loss)
-    bigram, copied = study.ngrams["bigram"], fmean(study.probe("bidirectional", "predicts_word_put_there"))
-    text = (f"Without the mask the validation loss reaches {told(unmasked)}, where counting pairs of words gives "
-            f"{bigram:.3f}; with it, the same model with the same data and steps reaches {told(causal)}. ")
-    masked, at_last, at_others = (Cell(study.probe("bidirectional", key), ".3f") for key in (
-        "val_loss_masked", "loss_at_last_position", "loss_at_other_positions"))
-    put_there, of_the_text = (Cell(study.probe("bidirectional", key), ".0%") for key in (
-        "predicts_word_put_there", "predicts_word_of_the_text"))
-    text += ("The collapse is a leak: once" if copied > 0.5 else "Whether the collapse is a leak is open: once")
-    text += (f" the mask is put on, the unmasked weights score {masked}; at the last position of each block, the only one "
-             f"whose target is not among the inputs, {at_last} ({at_others} at the others); and where an input word is "
-             f"replaced by a random one, the prediction before it is the replacement in {put_there} of cases and the word "
-             f"of the text in {of_the_text}.")
+    def row(name, label):
+        return [label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
+                study.cell(name, best_perplexity, ",.2f"), study.cell(name, collapse, ".0f"),
+                *(Cell(study.probe(name, key), form) for key, (_, form) in PROBED.items())]
+
+    def mark(label, loss):
+        return [label, DASH, Cell(loss, ".3f"), Cell(perplexity(loss), ",.2f"), *[DASH] * 7]
+    floor = study.groups["synthetic"].first.settings["entropy_floor"]
+    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapse from epoch",
+                               *(title for title, _ in PROBED.values())], [
+        row("bidirectional", f"adaptive, {LEAK}"), row("bidirectional_fixed", f"fixed ranks, {LEAK}"),
+        row("bidirectional_dense", f"dense, {LEAK}"), row("adaptive", "adaptive, causal"),
+        mark("pairs of words, counted", study.ngrams["bigram"]), mark("words, counted", study.ngrams["unigram"]),
+        row("synthetic_bidirectional", f"synthetic text: adaptive, {LEAK}"),
+        row("synthetic", "synthetic text: adaptive, causal"), mark("entropy of the synthetic text", floor)])
+    masked, at_last, at_others, right, put_there, of_the_text = (
+        Cell(study.probe("bidirectional", key), form) for key, (_, form) in PROBED.items())
+    copies = fmean(put_there.values) > fmean(of_the_text.values)
+    text = (f"Without the mask the validation loss falls to {told(study.values('bidirectional', best_loss))}, in the "
+            f"report to {plot_logs.REPORT_TRAINING[30][1]}, where counting pairs of words gives "
+            f"{study.ngrams['bigram']:.3f}; with it, the same run stays at "
+            f"{told(study.values('adaptive', best_loss))}. On a synthetic text whose entropy is {floor:.3f} it is "
+            f"{told(study.values('synthetic_bidirectional', best_loss))} and "
+            f"{told(study.values('synthetic', best_loss))}. "
+            + ("It is a leak: the" if copies else "Whether it is a leak is open: the")
+            + f" unmasked weights score {masked} once the mask is put on; at the last position of each block, whose "
+            f"target is not among the inputs, {at_last}, and {at_others} at the others; and where a word of the input "
+            f"is replaced, the prediction before it is the replacement in {put_there} of cases, the word of the text in "
+            f"{of_the_text} (with nothing replaced it is right in {right}).")
     return [table], text
 
 
 def comparison_rows(study, prefix):
     """A row for each configuration of one regime, and its name."""
-    dense, names = f"{prefix}dense", [prefix + name for name in NAMES if study.has(prefix + name)]
-    for name in names:
+    dense, adaptive = f"{prefix}dense", f"{prefix}adaptive"
+    for name in (prefix + name for name in NAMES):
         speed = study.speed.get("over_dense", {}).get(name, 1.0 if name == dense else None)
         yield name, [NAMES[name.removeprefix(prefix)], str(len(study.groups[name].runs)),
                      study.cell(name, mean_rank, ".1f"), study.cell(name, linear_parameters, ".2f"),
                      Cell(speed and 1 / speed, ".2f"), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
-                     Cell(study.differences(name, dense, best_loss) if name != dense else None, "+.3f"),
-                     study.cell(name, last_loss), study.cell(name, lambda run: perplexity(best_loss(run)), ",.1f")]
-    if study.speed:
-        losses, epochs = equal_time(study, prefix)
-        yield f"{prefix}dense_equal_time", [
-            f"dense, stopped in adaptive's time ({epochs} epochs)", str(len(losses)), DASH,
-            study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH,
-            Cell([loss - best_loss(run) for run in study.groups[dense].runs
-                  if (loss := losses.get(run.settings["seed"]))], "+.3f"), DASH,
-            Cell([perplexity(loss) for loss in losses.values()], ",.1f")]
+                     Cell(study.differences(name, adaptive, best_loss) if name != adaptive else None, "+.3f"),
+                     study.cell(name, last_loss), study.cell(name, best_perplexity, ",.1f")]
+    losses, epochs = equal_time(study, prefix)
+    difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs]
+    yield f"{prefix}dense_equal_time", [
+        f"dense, {epochs} epochs: as long as adaptive takes", str(len(losses)), DASH,
+        study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH,
+        Cell(difference, "+.3f"), DASH, Cell([perplexity(loss) for loss in losses.values()], ",.1f")]
 
 
 def equal_time(study, prefix):
     """-> ({seed: the dense model's best loss within the time that the adaptive run takes}, in how many epochs). Under a
     constant rate a shorter run is the beginning of a longer one; under a cosine it is a run of its own."""
-    ratio = study.speed["over_dense"][f"{prefix}adaptive"]
-    runs = study.groups[f"{prefix}dense"].runs
-    epochs = round(ratio * len(runs[0].epochs))
-    if prefix:
-        runs = study.groups[f"{prefix}dense_equal_time"].runs if study.has(f"{prefix}dense_equal_time") else []
-        epochs = len(runs[0].epochs) if runs else epochs
+    runs = study.groups[f"{prefix}dense_equal_time" if prefix else "dense"].runs
+    epochs = len(runs[0].epochs) if prefix else round(study.speed["over_dense"]["adaptive"] * len(runs[0].epochs))
     return {run.settings["seed"]: min(epoch["val_loss"] for epoch in run.epochs[:epochs]) for run in runs}, epochs
 
 
 def comparison(study):
     """Is adaptive rank worth it?"""
-    tables, texts = [], []
-    for prefix, settings in SETTINGS.items():
-        adaptive, dense = f"{prefix}adaptive", f"{prefix}dense"
-        tables.append(Table(f"{prefix}comparison", f"With {settings}", [
-            "", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
-            "at epoch", f"{DASH} dense", "last val loss", "perplexity"],
-            [row for _, row in comparison_rows(study, prefix)]))
-        share = fmean(study.values(adaptive, linear_parameters)) / fmean(study.values(dense, linear_parameters))
-        said = [f"the dense model ({compared(study.differences(dense, adaptive, best_loss))})"]
-        said += [f"{what} ({compared(study.differences(prefix + name, adaptive, best_loss))})"
-                 for name, what in (("fixed", "the initial rank kept"), ("fixed_mean", "one fixed rank, the mean found"),
-                                    ("retrained", "the ranks found, trained afresh"))]
-        losses, _ = equal_time(study, prefix)
-        at_time = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs
-                   if run.settings["seed"] in losses]
-        texts.append(f"With {settings}, against adaptive rank in best loss at equal steps: {'; '.join(said)}; and the "
-                     f"dense model in equal time ({compared(at_time)}). Adaptive ends with "
-                     f"{share:.0%} of the dense model's parameters in the linear layers.")
-    return tables, "\n\n".join([*texts, verdict(study)])
+    header = ["", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
+              "at epoch", f"{DASH} adaptive", "last val loss", "perplexity"]
+    return [Table(f"{prefix}comparison", f"With {settings}", header, [row for _, row in comparison_rows(study, prefix)])
+            for prefix, settings in SETTINGS.items()], verdict(study)
 
 
 def verdict(study):
-    """Who wins, in a sentence for each regime and one on when adaptive rank is worth it."""
-    said = []
+    """Who wins in each regime, and whether adaptive ranks are worth their while: the short answer, then the numbers."""
+    first, said, worth = [], [], []
     for prefix, settings in SETTINGS.items():
         mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
         order = sorted(mean, key=mean.get)
-        said.append((f"**With {settings} the lowest loss is that of: {NAMES[order[0]]}; adaptive is number "
-                     f"{order.index('adaptive') + 1} of {len(order)}.**", mean))
-    text = " ".join(sentence for sentence, _ in said)
-    wins = [all(fmean(study.differences(prefix + "adaptive", prefix + name, best_loss)) < 0 for name in
-                ("fixed_mean", "retrained")) for prefix in SETTINGS]
-    where = [settings for settings, won in zip(SETTINGS.values(), wins, strict=True) if won]
-    return text + (" For the parameters that it ends with, adapting the ranks " + (
-        "does not beat ranks that are fixed from the start." if not where else
-        f"beats ranks that are fixed from the start with {' and with '.join(where)}."))
+        first.append(f"With {settings} the lowest loss is that of {NAMES[order[0]]}, and adaptive is number "
+                     f"{order.index('adaptive') + 1} of {len(order)}")
+        others = {name: study.differences(prefix + name, prefix + "adaptive", best_loss) for name in NAMES
+                  if name != "adaptive"}
+        said.append(f"With {settings}, compared with adaptive ranks, the best loss is: " + "; ".join(
+            f"{NAMES[name]}, {compared(values)}" for name, values in others.items()) + ".")
+        if min(others["fixed_mean"] + others["retrained"]) > 0:
+            worth.append(settings)
+    return " ".join([
+        f"**{'; '.join(first)}. For the parameters that they end with, adaptive ranks beat ranks that are fixed from "
+        f"the start, in every seed, {f'with {listed(worth)}' if worth else 'in neither case'}.**", *said])
 
 
 def hypotheses(study):
     """The report's three explanations (its section 5.2)."""
     def epochs_of(name):
-        return [found if (found := collapse(run)) is not None else None for run in study.groups[name].runs]
+        return [collapse(run) for run in study.groups[name].runs]
 
     def when(name):
         found = epochs_of(name)
@@ -239,8 +242,8 @@ def hypotheses(study):
          judged(None not in of_dense)],
         ["Delayed feature learning", f"causal, adaptive, {len(long)} epochs", when("long"),
          judged(set(of_long) == {None})]]
-    text = (f"With adaptive ranks and no mask {when('bidirectional')}: at its first epoch "
-            f"{Cell(moving, '.0f')} of {layers} layers change their rank, so nothing has become stable by then. "
+    text = (f"With adaptive ranks and no mask {when('bidirectional')}; in its first epoch {Cell(moving, '.0f')} of "
+            f"{layers} layers change their rank. "
             f"The causal run of {len(long)} epochs has its lowest loss at epoch "
             f"{Cell(study.values('long', best_epoch), '.0f')} and ends at {told(study.values('long', last_loss))}.")
     return [Table("hypotheses", "", ["the report's explanation", "the run that could refute it", "what happens",
@@ -272,7 +275,7 @@ def by_projection(run):
     return [fmean(column) for column in zip(*run.blocks(), strict=True)]
 
 
-RANKED = {"bidirectional": f"no mask: {LEAK}", "adaptive": "causal", "exact": "causal, exact stable rank",
+RANKED = {"bidirectional": LEAK, "adaptive": "causal", "exact": "causal, exact stable rank",
           "transport": "causal, transport", "tuned_adaptive": "causal, tuned", "long": "causal, longer"}
 
 
@@ -290,10 +293,10 @@ def projections(study):
     means = [fmean(column) for column in zip(*causal, strict=True)]
     order = sorted(range(6), key=means.__getitem__)
     names = [plot_logs.PROJECTIONS[i] for i in order]
-    text = (f"In the report Q and K have the lowest ranks and O the highest of the attention projections; under the "
-            f"mask Q and K are the two lowest in {lowest} of {len(causal)} seeds, and O is the highest of the four in "
-            f"{highest} of {len(causal)}. From lowest to highest mean the order here is {', '.join(names)}, between "
-            f"{means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
+    text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the attention "
+            f"projections ({report[3]:.1f}). Under the mask Q and K are the two lowest in {lowest} of {len(causal)} seeds, "
+            f"and O is the highest of the four in {highest} of {len(causal)}; from the lowest mean to the highest the "
+            f"order here is {', '.join(names)}, between {means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
     return [Table("projections", "", ["", "n", *plot_logs.PROJECTIONS, "all"], rows)], text
 
 
@@ -305,8 +308,8 @@ def untrained(study):
     left, start = study.values("untrained", mean_rank), study.groups["untrained"].first.initial_rank
     end = plot_logs.REPORT_TRAINING[30][4]
     text = (f"In a model of the report's size whose weights learn nothing (a learning rate of 1e-12), the same "
-            f"controller takes the mean rank from {start:g} to {told(left, '.1f')} in {epochs[-1]} updates, because the "
-            f"stable rank of a random product is far below its rank, and falls with it. That is "
+            f"controller takes the mean rank from {start:g} to {told(left, '.1f')} in {epochs[-1]} updates: the stable "
+            f"rank of a random product is well below its rank, and falls with it. That is "
             f"{(start - fmean(left)) / (start - end):.0%} of the report's reduction from {start:g} to {end:g}, with "
             f"nothing learnt at all.")
     return [Table("untrained", "", ["update", "mean rank, untrained", "the report's"], rows)], text
@@ -323,22 +326,24 @@ def official(study):
     gap = [run.end["test_loss_best"] - best_loss(run) for run in study.groups["tuned_dense"].runs
            if run.end.get("test_loss_best") is not None]
     text = (f"On the official validation file the tuned dense model's loss is {told(gap, '+.3f')} nats beside its loss "
-            "on the held-out end of the training text. Words outside the small vocabulary count as `<unk>` there, which "
-            "is easy to predict, so that these perplexities cannot be compared with published ones.")
+            "on the held-out end of the training text. Words outside the study's vocabulary count as `<unk>` there, "
+            "which is easy to predict, so that these perplexities cannot be compared with published ones.")
     return [Table("official", "", ["", "n", "best val loss", "official file, best epoch", "last epoch",
                                    "perplexity, best epoch"], rows)], text
 
 
 QUESTIONS = [  # title, function, the runs whose commands are shown
-    ("Is the collapse a leak?", leak, ("bidirectional", "adaptive")),
-    ("Is adaptive rank worth it?", comparison, ("dense", "fixed", "adaptive", "fixed_mean", "retrained", "tuned_dense")),
+    ("Is the collapse a leak?", leak, ("bidirectional", "adaptive", "synthetic_bidirectional", "synthetic")),
+    ("Is adaptive rank worth it?", comparison,
+     ("dense", "fixed", "adaptive", "fixed_mean", "retrained", "tuned_dense", "tuned_dense_equal_time")),
     ("The report's three explanations", hypotheses, ("bidirectional_fixed", "bidirectional_dense", "long")),
     ("How much of the reduction is the controller's own?", untrained, ("untrained",)),
     ("Reinit or transport, five power iterations or the exact value?", choices, ("transport", "exact")),
     ("Do the projection types differ?", projections, ("adaptive",)),
     ("The official validation file", official, ("tuned_dense",)),
 ]
-NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "long", "untrained", "transport", "exact",
+NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
+          "untrained", "transport", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 
 
@@ -356,7 +361,7 @@ def leak_figure(study):
         epochs, losses = [epoch["epoch"] for epoch in runs[0].epochs], np.array(
             [[epoch["val_loss"] for epoch in run.epochs] for run in runs])
         style = "-" if i < 2 else "--"
-        label += f" ({LEAK})" * (i >= 2)
+        label = label.replace("no mask", LEAK)
         axes.plot(epochs, losses.mean(0), style, color=f"C{i}", label=f"{label}, n = {len(runs)}")
         axes.fill_between(epochs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
         masked = study.probe(name, "val_loss_masked") if i >= 2 else []
@@ -365,8 +370,9 @@ def leak_figure(study):
     for kind, style, label in (("bigram", ":", "pairs of words, counted"), ("unigram", "-.", "words, counted")):
         axes.axhline(study.ngrams[kind], color="black", linestyle=style, linewidth=1, label=label)
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
-             title="Without the mask the loss collapses, whatever the ranks do; with it, it does not")
+             title="Validation losses with and without the causal mask")
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
@@ -401,10 +407,10 @@ def ranks_figure(study):
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     report = plot_logs.REPORT_TRAINING
     axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4,
-              label=f"the report (no mask: {LEAK})")
+              label=f"the report, {LEAK}")
     for i, (name, label) in enumerate((("untrained", "the report's size, nothing learnt"),
                                        ("adaptive", "study, causal"), ("tuned_adaptive", "study, causal, tuned"),
-                                       ("bidirectional", f"study, no mask: {LEAK}"), ("long", "study, causal, longer"))):
+                                       ("long", "study, causal, longer"), ("bidirectional", f"study, {LEAK}"))):
         runs = study.groups[name].runs
         ranks = np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
         epochs = range(ranks.shape[1])
@@ -425,12 +431,12 @@ def setup(study):
     """What was run, in a paragraph."""
     run = study.groups["adaptive"].first
     s = run.settings
-    seeds = sorted({run.settings["seed"] for run in study.groups["adaptive"].runs})
-    text = (f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation words of WikiText-2, {s['vocab_size']:,} "
-            f"distinct; d_model {s['d_model']}, {s['n_layers']} layers, block {s['block_size']}, batch "
-            f"{s['batch_size']}, {s['epochs']} epochs of {s['steps_per_epoch']} steps, learning rate {s['lr']:g}, initial "
-            f"rank {run.initial_rank:g}, seeds {', '.join(map(str, seeds))}; torch {s['versions']['torch']}, "
-            f"{s['dtype']} on {s['device']} ({s['device_name']}).")
+    seeds = sorted(run.settings["seed"] for run in study.groups["adaptive"].runs)
+    text = (f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation words of WikiText-2, "
+            f"{s['vocab_size']:,} distinct; d_model {s['d_model']}, {s['n_layers']} layers, block {s['block_size']}, "
+            f"batch {s['batch_size']}, {s['epochs']} epochs of {s['steps_per_epoch']} steps, learning rate "
+            f"{s['lr']:g}, initial rank {run.initial_rank:g}; seeds {listed([*map(str, seeds)])}; "
+            f"torch {s['versions']['torch']}, {s['dtype']}, {s['device']} ({s['device_name']}).")
     if s["data_sha256"].startswith(OURS):
         text += " The training articles stood in another order than in the official file."
     return text
@@ -439,13 +445,17 @@ def setup(study):
 def results_page(study, figures):
     """RESULTS.md."""
     chosen = study.groups["tuned_dense"].first.settings
+    searched = sum(name.startswith("search") for name in study.groups)
     parts = [
-        "# Results", "Written by `make results` from the logs of `make study`. " + setup(study),
-        "Losses are in nats per token; cells are means over the seeds with their range. A difference is between runs of "
-        "one seed. \"The report's settings\" are its optimizer, a constant rate and no dropout; \"tuned\" is the best of "
-        f"{sum(name.startswith('search') for name in study.groups)} dense runs of seed 0: learning rate {chosen['lr']:g}, "
-        f"dropout {chosen['dropout']:g}, cosine schedule, {chosen['warmup_steps']} steps of warm-up. Speed is that of a "
-        "training step over the dense model's, one step of each in turn."]
+        "# Results",
+        f"Written by `make results` from the logs of `make study`. {setup(study)}",
+        "Losses are in nats per token; cells are means over the seeds with their range; a difference is between runs "
+        "of one seed. \"The report's settings\" are its optimizer, a constant rate, no dropout. The tuned ones are the "
+        f"best of {searched} dense runs of seed 0: learning rate {chosen['lr']:g}, dropout {chosen['dropout']:g}, "
+        f"{chosen['warmup_steps']} steps of warm-up, then a cosine schedule. Speed is that of a training step, one of "
+        "each configuration in turn, on average over a run's ranks. \"Right\" is how often the top prediction is the "
+        "next word, \"word put there\" and \"of the text\" which it is where that word of the input has been replaced.",
+        f"In the commands, `SIZE=\"{' '.join(size_flags(study))}\"`; `python3 study.py --only NAME` runs one of them."]
     for number, (title, question, names) in enumerate(QUESTIONS, start=1):
         tables, text = question(study)
         parts += [f"## {number}. {title}", text]

@@ -53,7 +53,8 @@ class Run:
     script: str = "v10"
     flags: tuple = ()
     seed: int = 0
-    sized: bool = True  # else of the report's size, whatever --size says
+    sized: bool = True  # with the flags of --size; else with its own alone
+    data: str | None = None  # the text to train on, where it is not the study's
     ranks_of: str | None = None  # the run whose final ranks it starts with and keeps
     as_mean: bool = False  # one rank for all layers, the mean of those
     tuned: bool = False  # with the rate and the dropout that the search chose, and its schedule
@@ -86,8 +87,14 @@ RUNS = [
     Run("tuned_retrained", ranks_of="tuned_adaptive", tuned=True, timed=True),
 ]
 UNTRAINED = tuple("--lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001".split())
-LATER = [Run("tuned_dense_equal_time", "v7", tuned=True, at_equal_time=True),  # after the speed has been measured
-         Run("untrained", flags=UNTRAINED, sized=False), Run("long")]
+DEMO = tuple("""--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45
+    --lr 2e-3 --init-rank 32 --min-rank 4""".split())  # as in the Makefile
+LATER = [  # after the speed has been measured
+    Run("tuned_dense_equal_time", "v7", tuned=True, at_equal_time=True),
+    Run("untrained", flags=UNTRAINED, sized=False),  # of the report's size
+    Run("synthetic", flags=DEMO, sized=False, data="synthetic.tokens", probed=True),
+    Run("synthetic_bidirectional", flags=(*DEMO, *UNMASKED), sized=False, data="synthetic.tokens", probed=True),
+    Run("long")]
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -96,9 +103,9 @@ class Study:
     """A folder of logs, and how its runs are made."""
 
     def __init__(self, args):
-        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + SHORT * args.short
+        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size]
         self.failed, self.stopping, self.running = [], threading.Event(), {}
-        self.defaults = base = v10.build_parser("v10").parse_args(self.size)
+        self.defaults = base = v10.build_parser("v10").parse_args(self.size + SHORT * args.short)
         self.search = [Run(f"search_rate{rate}_dropout{dropout}", "v7", (
             "--lr", f"{rate * base.lr:g}", "--dropout", str(dropout), "--lr-schedule", "cosine",
             "--warmup-steps", str(base.steps_per_epoch))) for rate, dropout in SEARCHED]
@@ -138,8 +145,8 @@ class Study:
 
     def command(self, run):
         """The command line of a run, as a user would type it."""
-        flags = [*(self.size if run.sized else SHORT * self.args.short), *run.flags, "--seed", str(run.seed),
-                 "--data-file", str(self.data() if run.sized else self.args.data_file)]
+        flags = [*self.size * run.sized, *run.flags, *SHORT * self.args.short, "--seed", str(run.seed),
+                 "--data-file", str(self.data(run))]
         if run.tuned:
             flags += self.tuned_flags()
         if run.tested and self.args.test_file:
@@ -155,8 +162,10 @@ class Study:
             flags += ["--epochs", str(round(ratio * self.defaults.epochs))]
         return [sys.executable, str(v10.HERE / SCRIPTS[run.script]), *flags, "--log-file", str(self.log(run.stem))]
 
-    def data(self):
-        """The text that the runs train on."""
+    def data(self, run=None):
+        """The text that a run trains on, or that most do."""
+        if run and not run.sized:
+            return run.data or self.args.data_file
         return self.args.data_file if self.args.size == "report" else self.out / "words.tokens"
 
     def prepare(self):
@@ -214,7 +223,7 @@ class Study:
             if code:
                 return
         if self.unprobed(run):
-            probe(log, self.data(), self.log("probes"), run)
+            probe(log, v10.find_data(str(self.data(run))), self.log("probes"), run)
         for kind in (".pt", ".prev.pt", ".best.pt", ".txt"):
             log.with_suffix(kind).unlink(missing_ok=True)
 

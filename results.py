@@ -158,8 +158,8 @@ def leak(study):
             + ("It is a leak: the" if copies else "Whether it is a leak is open: the")
             + f" unmasked weights score {masked} once the mask is put on; at the last position of each block, whose "
             f"target is not among the inputs, {at_last}, and {at_others} at the others; and where a word of the input "
-            f"is replaced, the prediction before it is the replacement in {put_there} of cases, the word of the text in "
-            f"{of_the_text} (with nothing replaced it is right in {right}).")
+            f"is replaced, the prediction before it is the replacement in {put_there} of cases, the word of the "
+            f"text in {of_the_text} (with nothing replaced it is right in {right}).")
     return [table], text
 
 
@@ -293,10 +293,10 @@ def projections(study):
     means = [fmean(column) for column in zip(*causal, strict=True)]
     order = sorted(range(6), key=means.__getitem__)
     names = [plot_logs.PROJECTIONS[i] for i in order]
-    text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the attention "
-            f"projections ({report[3]:.1f}). Under the mask Q and K are the two lowest in {lowest} of {len(causal)} seeds, "
-            f"and O is the highest of the four in {highest} of {len(causal)}; from the lowest mean to the highest the "
-            f"order here is {', '.join(names)}, between {means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
+    text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the "
+            f"attention projections ({report[3]:.1f}). Under the mask Q and K are the two lowest in {lowest} of "
+            f"{len(causal)} seeds, and O is the highest of the four in {highest} of {len(causal)}; from the lowest mean "
+            f"to the highest the order here is {', '.join(names)}, between {means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
     return [Table("projections", "", ["", "n", *plot_logs.PROJECTIONS, "all"], rows)], text
 
 

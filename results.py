@@ -295,8 +295,9 @@ def projections(study):
     names = [plot_logs.PROJECTIONS[i] for i in order]
     text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the "
             f"attention projections ({report[3]:.1f}). Under the mask Q and K are the two lowest in {lowest} of "
-            f"{len(causal)} seeds, and O is the highest of the four in {highest} of {len(causal)}; from the lowest mean "
-            f"to the highest the order here is {', '.join(names)}, between {means[order[0]]:.1f} and {means[order[-1]]:.1f}.")
+            f"{len(causal)} seeds, and O is the highest of the four in {highest} of {len(causal)}; from the lowest "
+            f"mean to the highest the order here is {', '.join(names)}, between {means[order[0]]:.1f} and "
+            f"{means[order[-1]]:.1f}.")
     return [Table("projections", "", ["", "n", *plot_logs.PROJECTIONS, "all"], rows)], text
 
 

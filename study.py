@@ -39,7 +39,7 @@ SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1""".split(),
     "report": []}  # v10's defaults
-SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 4".split()
+SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60".split()
 WORDS, RARE = 100_000, 3  # of the small size
 LONG = 3  # times as many epochs in the long run
 SEARCHED = [(rate, dropout) for rate in (1, 2) for dropout in (0.1, 0.3)]  # rate: times that of the size
@@ -325,7 +325,7 @@ def measure_speed(study, rounds=9):
             of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
             ranks[run.name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
     args = argparse.Namespace(**settings)
-    device = torch.device(settings["device"])
+    device, _ = v10.pick_device(args)
     train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size)
     train, generator = train.to(device), torch.Generator().manual_seed(0)
 

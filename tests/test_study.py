@@ -51,11 +51,16 @@ def test_a_study_trains_what_is_asked_for_and_what_that_needs(tiny):
 def test_the_study_text_is_the_beginning_of_the_data_with_rare_words_as_unk(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORDS", 900)
     text = "a b a c b a a b d d a b c c d ".split() * 2
-    (tmp_path / "text").write_text(" ".join(["rare", "twice", *text * 40, "twice"]))
+    (tmp_path / "text").write_text(" ".join(["rare", "twice", "thrice", *text * 40, "twice"]))
     ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="")
     ours.prepare()
     words = ours.data().read_text().split()
-    assert words == ["<unk>", "<unk>", *(text * 40)[:898]]
+    assert words == ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
+    (tmp_path / "text").write_text(" ".join(["thrice", "twice", "thrice", *text * 20, "thrice", "twice"]))
+    ours.data().unlink()
+    ours.prepare()
+    assert ours.data().read_text().split() == ["thrice", "<unk>", "thrice", *text * 20, "thrice", "<unk>"]
+    words = ours.data().read_text().split()
     (tmp_path / "text").write_text("something else " * 1000)
     with pytest.raises(v10.UserError, match="was made of another text"):
         ours.prepare()
@@ -71,14 +76,18 @@ def test_what_is_done_is_skipped(tiny):
 
 def test_an_interrupted_study_goes_on_to_the_same_logs(tiny, tmp_path):
     process = subprocess.Popen([*TINY, "--out", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "adaptive_s0.jsonl").exists() or not records(tmp_path / "adaptive_s0.jsonl"):
+    log = tmp_path / "adaptive_s0.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:  # an epoch is done
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
     assert "the same command goes on" in process.communicate()[1]
+    assert not records(log, "end")
     assert not (tmp_path / "retrained_s0.jsonl").exists()
+    before = log.read_bytes()
     subprocess.run([*TINY, "--out", tmp_path], check=True, capture_output=True)
+    assert log.read_bytes().startswith(before)
     for log in tiny.glob("*_s0.jsonl"):
         assert untimed(tmp_path / log.name) == untimed(log)
 

@@ -56,10 +56,10 @@ def test_the_study_text_is_the_beginning_of_the_data_with_rare_words_as_unk(tmp_
     ours.prepare()
     words = ours.data().read_text().split()
     assert words == ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
-    (tmp_path / "text").write_text(" ".join(["thrice", "twice", "thrice", *text * 20, "thrice", "twice"]))
+    (tmp_path / "text").write_text(" ".join(["thrice", "twice", "thrice", *text * 29, "thrice", "twice"]))
     ours.data().unlink()
     ours.prepare()
-    assert ours.data().read_text().split() == ["thrice", "<unk>", "thrice", *text * 20, "thrice", "<unk>"]
+    assert ours.data().read_text().split() == ["thrice", "<unk>", "thrice", *text * 29, "thrice", "<unk>"]
     words = ours.data().read_text().split()
     (tmp_path / "text").write_text("something else " * 1000)
     with pytest.raises(v10.UserError, match="was made of another text"):

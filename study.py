@@ -68,7 +68,7 @@ class Run:
         return f"{self.name}_s{self.seed}"
 
 
-UNMASKED = ("--attention", "bidirectional")
+UNMASKED, TRANSPORT = ("--attention", "bidirectional"), ("--optimizer-on-resize", "transport")
 RUNS = [
     Run("bidirectional", flags=UNMASKED, probed=True),
     Run("adaptive", tested=True, probed=True, timed=True),
@@ -78,10 +78,11 @@ RUNS = [
     Run("bidirectional_fixed", flags=(*UNMASKED, "--fixed-rank"), probed=True),
     Run("fixed_mean", ranks_of="adaptive", as_mean=True, timed=True),
     Run("retrained", ranks_of="adaptive", timed=True),
-    Run("transport", flags=("--optimizer-on-resize", "transport")),
+    Run("transport", flags=TRANSPORT, timed=True),
     Run("exact", flags=("--power-iterations", "0")),
     Run("tuned_dense", "v7", tuned=True, tested=True),
     Run("tuned_adaptive", tuned=True, tested=True, timed=True),
+    Run("tuned_transport", flags=TRANSPORT, tuned=True, timed=True),
     Run("tuned_fixed", flags=("--fixed-rank",), tuned=True, timed=True),
     Run("tuned_fixed_mean", ranks_of="tuned_adaptive", as_mean=True, tuned=True, timed=True),
     Run("tuned_retrained", ranks_of="tuned_adaptive", tuned=True, timed=True),

@@ -111,7 +111,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 20
+    assert len(seen) == 4 + 3 * 21
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -241,15 +241,21 @@ def fake(folder, better=()):
 
 
 def test_the_verdict_follows_the_logs(tmp_path):
-    wins = results.verdict(fake(tmp_path / "wins", ("adaptive", "tuned_adaptive")))
-    loses = results.verdict(fake(tmp_path / "loses", [
-        prefix + name for prefix in results.SETTINGS for name in results.NAMES if name != "adaptive"]))
-    half = results.verdict(fake(tmp_path / "half", ("tuned_adaptive", *(n for n in results.NAMES if n != "adaptive"))))
-    assert "adaptive is number 5 of 5; with settings tuned on the dense model" in loses.lower()
-    assert "adaptive is number 1 of 5; with settings tuned on the dense model" in wins.lower()
-    assert "in every seed, in neither case.**" in loses
-    assert "in every seed, with the report's settings and settings tuned on the dense model.**" in wins
-    assert "in every seed, with settings tuned on the dense model.**" in half
+    def told(name, *better):
+        return results.verdict(fake(tmp_path / name, better)).split("**")[1]
+    both, tuned = "the report's settings and settings tuned on the dense model", "settings tuned on the dense model"
+    wins = told("wins", "adaptive", "tuned_adaptive")
+    assert wins.count("adaptive is number 1 of 6") == 2
+    assert f"in every seed, as the report resets the optimizer, with {both};" in wins
+    loses = told("loses", *(prefix + name for prefix in results.SETTINGS
+                            for name in results.NAMES if name != "adaptive"))
+    assert loses.count("adaptive is number 6 of 6") == 2
+    assert "in every seed, as the report resets the optimizer, in neither case;" in loses
+    half = told("half", "tuned_transport", "fixed_mean", "retrained")
+    assert f"with transport, with {tuned}." in half
+    assert "lowest loss is that of adaptive, with transport" in half
+    neither = told("neither", "fixed_mean", "retrained", "tuned_retrained")
+    assert neither.endswith("with transport, in neither case.")
 
 
 def test_an_explanation_is_spoken_against_only_where_its_run_does_so(tmp_path):

@@ -195,11 +195,11 @@ def comparison(study):
     header = ["", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
               "at epoch", f"{DASH} adaptive", "last val loss", "perplexity"]
     return [Table(f"{prefix}comparison", f"With {settings}", header, [row for _, row in comparison_rows(study, prefix)])
-            for prefix, settings in SETTINGS.items()], verdict(study)
+            for prefix, settings in SETTINGS.items()], " ".join(verdict(study))
 
 
 def verdict(study):
-    """Who wins in each regime, and whether adaptive ranks are worth their while: the short answer, then the numbers."""
+    """Who wins in each regime, and whether adaptive ranks are worth their while -> (the short answer, the numbers)."""
     first, said, worth = [], [], {"adaptive": [], "transport": []}
     for prefix, settings in SETTINGS.items():
         mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
@@ -218,7 +218,7 @@ def verdict(study):
                  "every seed, " + "; ".join(
                      f"{kind}, {f'with {listed(where)}' if where else 'in neither case'}" for kind, where in zip(
                          ("as the report resets the optimizer", "with transport"), worth.values(), strict=True)) + ".")
-    return " ".join([f"**{' '.join(first)}**", *said])
+    return f"**{' '.join(first)}**", " ".join(said)
 
 
 def hypotheses(study):
@@ -481,14 +481,12 @@ def readme_section(study, figures):
     rows = [[row[0], row[3], row[4], row[5], row[9], tuned[name][5], tuned[name][9]]
             for name, row in comparison_rows(study, "")]
     table = Table("results", "", header, rows)
-    answers = [question(study)[1] for question in (leak, hypotheses, untrained, projections)]
+    answers = "\n".join(f"- **{title}** {question(study)[1]}" for title, question in (
+        ("The collapse.", leak), ("The report's explanations.", hypotheses), ("The reduction.", untrained),
+        ("The projections.", projections)))
     return "\n\n".join([
-        BEGIN, setup(study), f"![Losses with and without the mask]({figures}/leak.png)",
-        "- **The collapse.** " + answers[0],
-        "- **The report's explanations.** " + answers[1],
-        "- **The reduction.** " + answers[2],
-        "- **The projections.** " + answers[3],
-        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), verdict(study), END])
+        BEGIN, setup(study), verdict(study)[0], f"![Best losses by configuration]({figures}/comparison.png)",
+        table.markdown(), answers, f"![Losses with and without the mask]({figures}/leak.png)", END])
 
 
 def main(argv=None):

@@ -250,7 +250,7 @@ class Cell:
         if not self.values:
             return DASH
         mean, low, high = (format(value, self.form) for value in self.numbers())
-        return mean + self.unit + f" ({low} to {high})" * (len(self.values) > 1)
+        return mean + self.unit + f" ({low} to {high})" * (low != high)
 
     def numbers(self):
         return (fmean(self.values), min(self.values), max(self.values)) if self.values else ("", "", "")

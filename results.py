@@ -61,6 +61,14 @@ class Study:
         by_seed = [{run.settings["seed"]: value(run) for run in self.groups[n].runs} for n in (name, other)]
         return [by_seed[0][seed] - by_seed[1][seed] for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
 
+    def collapses(self, name):
+        """[the epoch by which the loss of each run has collapsed, or None]: it is below the text's entropy, or where
+        that is not known, a nat below the loss of counted pairs of words."""
+        floor = self.groups[name].first.settings["entropy_floor"]
+        mark = self.ngrams["bigram"] - 1 if floor is None else floor
+        return [next((epoch["epoch"] for epoch in run.epochs if epoch["val_loss"] < mark), None)
+                for run in self.groups[name].runs]
+
     def probe(self, name, key):
         return [record[key] for record in self.probes[name]]
 
@@ -87,11 +95,6 @@ def mean_rank(run):
 
 def linear_parameters(run):
     return run.epochs[-1]["factor_params_millions"]
-
-
-def collapse(run):
-    """The first epoch of the collapse, None where there is none."""
-    return next((epochs[0]["epoch"] for name, epochs in plot_logs.phases(run) if name == "collapse"), None)
 
 
 def told(values, form=".3f"):
@@ -134,13 +137,13 @@ def leak(study):
     """Is the collapse a leak?"""
     def row(name, label):
         return [label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
-                study.cell(name, best_perplexity, ",.2f"), study.cell(name, collapse, ".0f"),
+                study.cell(name, best_perplexity, ",.2f"), Cell(study.collapses(name), ".0f"),
                 *(Cell(study.probe(name, key), form) for key, (_, form) in PROBED.items())]
 
     def mark(label, loss):
         return [label, DASH, Cell(loss, ".3f"), Cell(perplexity(loss), ",.2f"), *[DASH] * 7]
     floor = study.groups["synthetic"].first.settings["entropy_floor"]
-    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapse from epoch",
+    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapsed by epoch",
                                *(title for title, _ in PROBED.values())], [
         row("bidirectional", f"adaptive, {LEAK}"), row("bidirectional_fixed", f"fixed ranks, {LEAK}"),
         row("bidirectional_dense", f"dense, {LEAK}"), row("adaptive", "adaptive, causal"),
@@ -200,59 +203,56 @@ def comparison(study):
 
 def verdict(study):
     """Who wins in each regime, and whether adaptive ranks are worth their while -> (the short answer, the numbers)."""
-    first, said, worth = [], [], {"adaptive": [], "transport": []}
+    first, places, said, worth = [], defaultdict(list), [], {"adaptive": [], "transport": []}
     for prefix, settings in SETTINGS.items():
         mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
         order = sorted(mean, key=mean.get)
-        first.append(f"With {settings} the lowest loss is that of {NAMES[order[0]]}; adaptive is number "
-                     f"{order.index('adaptive') + 1} of {len(order)}, and with transport number "
-                     f"{order.index('transport') + 1}.")
+        first.append(f"{NAMES[order[0]]} with {settings}")
         for kind in worth:
+            places[kind].append(str(order.index(kind) + 1))
             others = {name: study.differences(prefix + name, prefix + kind, best_loss) for name in NAMES
                       if name != kind}
             if min(others["fixed_mean"] + others["retrained"]) > 0:
                 worth[kind].append(settings)
         said.append(f"With {settings}, compared with adaptive ranks and transport, the best loss is: " + "; ".join(
             f"{NAMES[name]}, {compared(values)}" for name, values in others.items()) + ".")
-    first.append("For the parameters that they end with, adaptive ranks beat ranks that are fixed from the start, in "
-                 "every seed, " + "; ".join(
-                     f"{kind}, {f'with {listed(where)}' if where else 'in neither case'}" for kind, where in zip(
-                         ("as the report resets the optimizer", "with transport"), worth.values(), strict=True)) + ".")
-    return f"**{' '.join(first)}**", " ".join(said)
+    def where(found):
+        return "in both settings" if len(found) == 2 else f"only with {found[0]}" if found else "in neither setting"
+    return (f"**The lowest loss is that of {listed(first)}. Of {len(NAMES)} configurations adaptive ranks come in as number "
+            f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
+            f"{listed(places['transport'])}. For the parameters that they end with, adaptive ranks beat ranks fixed from "
+            f"the start in every seed {where(worth['adaptive'])}, with transport {where(worth['transport'])}.**",
+            " ".join(said))
 
 
 def hypotheses(study):
     """The report's three explanations (its section 5.2)."""
-    def epochs_of(name):
-        return [collapse(run) for run in study.groups[name].runs]
-
     def when(name):
-        found = epochs_of(name)
-        came = [epoch for epoch in found if epoch is not None]
-        return (f"the collapse comes in {len(came)} of {len(found)} seeds"
-                + (f", from epoch {Cell(came, '.0f')}" if came else "")
-                + f"; the loss reaches {told(study.values(name, best_loss))}")
+        found, losses = study.collapses(name), told(study.values(name, best_loss))
+        came = [epoch for epoch in found if epoch]
+        by = f", by epoch {Cell(came, '.0f')}" if came else ""
+        return f"the loss collapses in {len(came)} of {len(found)} seeds{by}; the lowest is {losses}"
 
-    def judged(against):
-        return "speaks against it" if against else "does not speak against it"
-    moving = [run.epochs[epoch - 1]["resized"] for run in study.groups["bidirectional"].runs
-              if (epoch := collapse(run)) is not None]
-    layers = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
-    of_fixed, of_dense, of_long = (epochs_of(name) for name in ("bidirectional_fixed", "bidirectional_dense", "long"))
+    def row(explanation, name, label, refuted):
+        return [explanation, label, when(name), "against it" if refuted else "not against it"]
     long = study.groups["long"].first.epochs
-    rows = [
-        ["Rank stabilization enables optimization", "no mask, ranks fixed from the start", when("bidirectional_fixed"),
-         judged(None not in of_fixed)],
-        ["Compression as regularization", "no mask, dense layers", when("bidirectional_dense"),
-         judged(None not in of_dense)],
-        ["Delayed feature learning", f"causal, adaptive, {len(long)} epochs", when("long"),
-         judged(set(of_long) == {None})]]
-    text = (f"With adaptive ranks and no mask {when('bidirectional')}; in its first epoch {Cell(moving, '.0f')} of "
-            f"{layers} layers change their rank. "
-            f"The causal run of {len(long)} epochs has its lowest loss at epoch "
-            f"{Cell(study.values('long', best_epoch), '.0f')} and ends at {told(study.values('long', last_loss))}.")
-    return [Table("hypotheses", "", ["the report's explanation", "the run that could refute it", "what happens",
-                                     "which"], rows)], text
+    moving = [run.epochs[epoch - 1]["resized"] for run, epoch in zip(
+        study.groups["bidirectional"].runs, study.collapses("bidirectional"), strict=True) if epoch]
+    table = Table("hypotheses", "", ["the report's explanation", "a run that could refute it", "what happens",
+                                     "speaks"], [
+        row("Rank stabilization enables optimization", "bidirectional_fixed", "no mask, ranks fixed from the start",
+            None not in study.collapses("bidirectional_fixed")),
+        row("Compression as regularization", "bidirectional_dense", "no mask, dense layers",
+            None not in study.collapses("bidirectional_dense")),
+        row("Delayed feature learning", "long", f"causal, adaptive, {len(long)} epochs",
+            set(study.collapses("long")) == {None})])
+    dense, fixed, adaptive = (Cell(study.collapses(f"bidirectional{kind}"), ".0f") for kind in ("_dense", "_fixed", ""))
+    n_ranks = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
+    text = (f"Without the mask the loss has collapsed by epoch {dense} in the dense model, {fixed} with ranks fixed from "
+            f"the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change in that "
+            f"very epoch. With the mask {when('long')}, at epoch {Cell(study.values('long', best_epoch), '.0f')} of "
+            f"{len(long)}.")
+    return [table], text
 
 
 def choices(study):
@@ -461,6 +461,8 @@ def results_page(study, figures):
         f"{chosen['warmup_steps']} steps of warm-up, then a cosine schedule. Speed is that of a training step, one of "
         "each configuration in turn, on average over a run's ranks. \"Right\" is how often the top prediction is the "
         "next word, \"word put there\" and \"of the text\" which it is where that word of the input has been replaced.",
+        "A loss has collapsed where it is a nat below that of counted pairs of words, on the synthetic text below its "
+        "entropy.",
         f"In the commands, `SIZE=\"{' '.join(size_flags(study))}\"`; `python3 study.py --only NAME` runs one of them."]
     for number, (title, question, names) in enumerate(QUESTIONS, start=1):
         tables, text = question(study)

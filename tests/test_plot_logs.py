@@ -257,7 +257,7 @@ def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", *logged([6, 5], seed=0, lr=0.2))
     plot(*logs, other)
     row = cells(capsys.readouterr().out.split("# Comparison")[1], "v10")
-    assert (row[1], row[5], row[6]) == ("3", "5.000 (4.500 to 5.500)", "2 (2 to 2)")
+    assert (row[1], row[5], row[6]) == ("3", "5.000 (4.500 to 5.500)", "2")
     groups = plot_logs.grouped(plot_logs.read_logs([*logs, other], 64))
     assert [(group.name, len(group.runs)) for group in groups] == [("v10", 3), ("other", 1)]
     figure = plot_logs.losses_figure(groups)

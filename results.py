@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -114,6 +115,11 @@ def listed(parts):
     return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
+def wrapped(text, indent=""):
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def size_flags(study):
     """The flags that the causal runs of the study's own size have in common."""
     commands = [study.groups[name].first.settings["command"].split()[1:] for name in ("adaptive", "dense", "fixed")]
@@ -207,7 +213,7 @@ def verdict(study):
     for prefix, settings in SETTINGS.items():
         mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
         order = sorted(mean, key=mean.get)
-        first.append(f"{NAMES[order[0]]} with {settings}")
+        first.append(NAMES[order[0]])
         for kind in worth:
             places[kind].append(str(order.index(kind) + 1))
             others = {name: study.differences(prefix + name, prefix + kind, best_loss) for name in NAMES
@@ -218,10 +224,12 @@ def verdict(study):
             f"{NAMES[name]}, {compared(values)}" for name, values in others.items()) + ".")
     def where(found):
         return "in both settings" if len(found) == 2 else f"only with {found[0]}" if found else "in neither setting"
-    return (f"**The lowest loss is that of {listed(first)}. Of {len(NAMES)} configurations adaptive ranks come in as number "
+    winners = f"{first[0]} in both settings" if len(set(first)) == 1 else listed(
+        [f"{name} with {settings}" for name, settings in zip(first, SETTINGS.values(), strict=True)])
+    return (f"**The lowest loss is that of {winners}. Of {len(NAMES)} configurations adaptive ranks come in as number "
             f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
-            f"{listed(places['transport'])}. For the parameters that they end with, adaptive ranks beat ranks fixed from "
-            f"the start in every seed {where(worth['adaptive'])}, with transport {where(worth['transport'])}.**",
+            f"{listed(places['transport'])}. For the parameters that they end with, adaptive ranks beat ranks fixed "
+            f"from the start in every seed {where(worth['adaptive'])}, with transport {where(worth['transport'])}.**",
             " ".join(said))
 
 
@@ -248,9 +256,9 @@ def hypotheses(study):
             set(study.collapses("long")) == {None})])
     dense, fixed, adaptive = (Cell(study.collapses(f"bidirectional{kind}"), ".0f") for kind in ("_dense", "_fixed", ""))
     n_ranks = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
-    text = (f"Without the mask the loss has collapsed by epoch {dense} in the dense model, {fixed} with ranks fixed from "
-            f"the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change in that "
-            f"very epoch. With the mask {when('long')}, at epoch {Cell(study.values('long', best_epoch), '.0f')} of "
+    text = (f"Without the mask the loss has collapsed by epoch {dense} in the dense model, {fixed} with ranks fixed "
+            f"from the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change in "
+            f"that very epoch. With the mask {when('long')}, at epoch {Cell(study.values('long', best_epoch), '.0f')} of "
             f"{len(long)}.")
     return [table], text
 
@@ -466,7 +474,7 @@ def results_page(study, figures):
         f"In the commands, `SIZE=\"{' '.join(size_flags(study))}\"`; `python3 study.py --only NAME` runs one of them."]
     for number, (title, question, names) in enumerate(QUESTIONS, start=1):
         tables, text = question(study)
-        parts += [f"## {number}. {title}", text]
+        parts += [f"## {number}. {title}", wrapped(text)]
         for table in tables:
             parts += [f"{table.title}:"] * bool(table.title) + [table.markdown()]
         parts += [f"![{title}]({figures}/{name}.png)" for name, of in (
@@ -477,17 +485,17 @@ def results_page(study, figures):
 
 def readme_section(study, figures):
     """README's section: the setup, the comparison in one table, two figures, and the answers."""
-    header = ["causal, equal steps", "M parameters in the linear layers", "speed", "best val loss", "perplexity",
+    header = [f"causal, n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers", "speed", "best val loss", "perplexity",
               "tuned: best val loss", "perplexity"]
     tuned = {name.removeprefix("tuned_"): row for name, row in comparison_rows(study, "tuned_")}
     rows = [[row[0], row[3], row[4], row[5], row[9], tuned[name][5], tuned[name][9]]
             for name, row in comparison_rows(study, "")]
     table = Table("results", "", header, rows)
-    answers = "\n".join(f"- **{title}** {question(study)[1]}" for title, question in (
+    answers = "\n".join(wrapped(f"- **{title}** {question(study)[1]}", "  ") for title, question in (
         ("The collapse.", leak), ("The report's explanations.", hypotheses), ("The reduction.", untrained),
         ("The projections.", projections)))
     return "\n\n".join([
-        BEGIN, setup(study), verdict(study)[0], f"![Best losses by configuration]({figures}/comparison.png)",
+        BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]), f"![Best losses by configuration]({figures}/comparison.png)",
         table.markdown(), answers, f"![Losses with and without the mask]({figures}/leak.png)", END])
 
 

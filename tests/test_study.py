@@ -244,7 +244,7 @@ def test_the_verdict_follows_the_logs(tmp_path):
     def told(name, *better):
         return results.verdict(fake(tmp_path / name, better))[0].strip("*")
     wins = told("wins", "adaptive", "tuned_adaptive")
-    assert "lowest loss is that of adaptive (v10) with the report's settings and adaptive (v10) with settings" in wins
+    assert "lowest loss is that of adaptive (v10) in both settings." in wins
     assert "adaptive ranks come in as number 1 and 1," in wins
     assert "in every seed in both settings, with transport" in wins
     loses = told("loses", *(prefix + name for prefix in results.SETTINGS
@@ -253,7 +253,7 @@ def test_the_verdict_follows_the_logs(tmp_path):
     assert "in every seed in neither setting, with transport" in loses
     half = told("half", "tuned_transport", "fixed_mean", "retrained")
     assert half.endswith("with transport only with settings tuned on the dense model.")
-    assert "adaptive, with transport with settings tuned" in half
+    assert "with the report's settings and adaptive, with transport with settings tuned" in half
     neither = told("neither", "fixed_mean", "retrained", "tuned_retrained")
     assert neither.endswith("with transport in neither setting.")
 

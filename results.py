@@ -257,9 +257,9 @@ def hypotheses(study):
     dense, fixed, adaptive = (Cell(study.collapses(f"bidirectional{kind}"), ".0f") for kind in ("_dense", "_fixed", ""))
     n_ranks = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
     text = (f"Without the mask the loss has collapsed by epoch {dense} in the dense model, {fixed} with ranks fixed "
-            f"from the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change in "
-            f"that very epoch. With the mask {when('long')}, at epoch {Cell(study.values('long', best_epoch), '.0f')} of "
-            f"{len(long)}.")
+            f"from the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change "
+            f"in that very epoch. With the mask {when('long')}, at epoch "
+            f"{Cell(study.values('long', best_epoch), '.0f')} of {len(long)}.")
     return [table], text
 
 
@@ -472,6 +472,7 @@ def results_page(study, figures):
         "A loss has collapsed where it is a nat below that of counted pairs of words, on the synthetic text below its "
         "entropy.",
         f"In the commands, `SIZE=\"{' '.join(size_flags(study))}\"`; `python3 study.py --only NAME` runs one of them."]
+    parts = [parts[0], *map(wrapped, parts[1:-1]), parts[-1]]
     for number, (title, question, names) in enumerate(QUESTIONS, start=1):
         tables, text = question(study)
         parts += [f"## {number}. {title}", wrapped(text)]
@@ -485,8 +486,8 @@ def results_page(study, figures):
 
 def readme_section(study, figures):
     """README's section: the setup, the comparison in one table, two figures, and the answers."""
-    header = [f"causal, n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers", "speed", "best val loss", "perplexity",
-              "tuned: best val loss", "perplexity"]
+    header = [f"causal, n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers", "speed",
+              "best val loss", "perplexity", "tuned: best val loss", "perplexity"]
     tuned = {name.removeprefix("tuned_"): row for name, row in comparison_rows(study, "tuned_")}
     rows = [[row[0], row[3], row[4], row[5], row[9], tuned[name][5], tuned[name][9]]
             for name, row in comparison_rows(study, "")]
@@ -495,8 +496,8 @@ def readme_section(study, figures):
         ("The collapse.", leak), ("The report's explanations.", hypotheses), ("The reduction.", untrained),
         ("The projections.", projections)))
     return "\n\n".join([
-        BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]), f"![Best losses by configuration]({figures}/comparison.png)",
-        table.markdown(), answers, f"![Losses with and without the mask]({figures}/leak.png)", END])
+        BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]),
+        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), answers, f"![Losses with and without the mask]({figures}/leak.png)", END])
 
 
 def main(argv=None):

@@ -497,7 +497,8 @@ def readme_section(study, figures):
         ("The projections.", projections)))
     return "\n\n".join([
         BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]),
-        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), answers, f"![Losses with and without the mask]({figures}/leak.png)", END])
+        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), answers,
+        f"![Losses with and without the mask]({figures}/leak.png)", END])
 
 
 def main(argv=None):

@@ -8,7 +8,9 @@ import pytest
 
 import bench
 import plot_logs
+import results
 import soak
+import study
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records
 from test_input import ROWS
@@ -78,10 +80,14 @@ def test_every_make_command_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-def test_every_flag_exists():
+def test_every_flag_exists(capsys):
     known = v10.build_parser("v10").format_help()
+    for script in (plot_logs, results, study, bench):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        known += capsys.readouterr().out
     torchrun = {"--nproc-per-node"}
-    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+", README)) - torchrun:
+    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+|--x", README)) - torchrun:
         assert flag in known, flag
 
 

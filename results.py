@@ -98,6 +98,12 @@ def linear_parameters(run):
     return run.epochs[-1]["factor_params_millions"]
 
 
+def linear_parameters_at_best(run):
+    """Those of the model that has the lowest loss: ranks change after its epoch has been evaluated."""
+    before = [epoch["factor_params_millions"] for epoch in run.epochs if epoch["epoch"] < best_epoch(run)]
+    return before[-1] if before else run.settings["factor_parameters"] / 1e6
+
+
 def told(values, form=".3f"):
     """Mean, range and n, in words."""
     mean, low, high = (format(value, form) for value in Cell(values, form).numbers())
@@ -181,13 +187,14 @@ def comparison_rows(study, prefix):
         yield name, [NAMES[name.removeprefix(prefix)], str(len(study.groups[name].runs)),
                      study.cell(name, mean_rank, ".1f"), study.cell(name, linear_parameters, ".2f"),
                      Cell(speed and 1 / speed, ".2f"), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
+                     study.cell(name, linear_parameters_at_best, ".2f"),
                      Cell(study.differences(name, adaptive, best_loss) if name != adaptive else None, "+.3f"),
                      study.cell(name, last_loss), study.cell(name, best_perplexity, ",.1f")]
     losses, epochs = equal_time(study, prefix)
     difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs]
     yield f"{prefix}dense_equal_time", [
         f"dense, {epochs} epochs: as long as adaptive takes", str(len(losses)), DASH,
-        study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH,
+        study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH, DASH,
         Cell(difference, "+.3f"), DASH, Cell([perplexity(loss) for loss in losses.values()], ",.1f")]
 
 
@@ -202,7 +209,7 @@ def equal_time(study, prefix):
 def comparison(study):
     """Is adaptive rank worth it?"""
     header = ["", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
-              "at epoch", f"{DASH} adaptive", "last val loss", "perplexity"]
+              "at epoch", "M parameters there", f"{DASH} adaptive", "last val loss", "perplexity"]
     return [Table(f"{prefix}comparison", f"With {settings}", header, [row for _, row in comparison_rows(study, prefix)])
             for prefix, settings in SETTINGS.items()], " ".join(verdict(study))
 
@@ -216,21 +223,22 @@ def verdict(study):
         first.append(NAMES[order[0]])
         for kind in worth:
             places[kind].append(str(order.index(kind) + 1))
-            others = {name: study.differences(prefix + name, prefix + kind, best_loss) for name in NAMES
-                      if name != kind}
-            if min(others["fixed_mean"] + others["retrained"]) > 0:
+            fixed = {name: study.differences(prefix + name, prefix + kind, last_loss)
+                     for name in ("fixed_mean", "retrained")}
+            if min(fixed["fixed_mean"] + fixed["retrained"]) > 0:
                 worth[kind].append(settings)
-        said.append(f"With {settings}, compared with adaptive ranks and transport, the best loss is: " + "; ".join(
-            f"{NAMES[name]}, {compared(values)}" for name, values in others.items()) + ".")
+            said.append(f"With {settings}, compared with {NAMES[kind]}, the last loss is: " + "; ".join(
+                f"{NAMES[name]}, {compared(values)}" for name, values in fixed.items()) + ".")
+
     def where(found):
         return "in both settings" if len(found) == 2 else f"only with {found[0]}" if found else "in neither setting"
     winners = f"{first[0]} in both settings" if len(set(first)) == 1 else listed(
         [f"{name} with {settings}" for name, settings in zip(first, SETTINGS.values(), strict=True)])
     return (f"**The lowest loss is that of {winners}. Of {len(NAMES)} configurations adaptive ranks come in as number "
             f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
-            f"{listed(places['transport'])}. For the parameters that they end with, adaptive ranks beat ranks fixed "
-            f"from the start in every seed {where(worth['adaptive'])}, with transport {where(worth['transport'])}.**",
-            " ".join(said))
+            f"{listed(places['transport'])}. At the last epoch, with about as many parameters, adaptive ranks beat ranks "
+            f"fixed from the start in every seed {where(worth['adaptive'])}, with transport "
+            f"{where(worth['transport'])}.**", " ".join(said))
 
 
 def hypotheses(study):
@@ -399,19 +407,22 @@ def comparison_figure(study):
         labels = []
         for i, name in enumerate(NAMES):
             losses = study.values(prefix + name, best_loss)
-            millions = fmean(study.values(prefix + name, linear_parameters))
+            there, at_end = (f"{fmean(study.values(prefix + name, parameters)):.2f}M" for parameters in (
+                linear_parameters_at_best, linear_parameters))
             axes.plot(losses, [i] * len(losses), "o", color=f"C{i}", alpha=0.6)
             axes.plot(fmean(losses), i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
-            axes.annotate(f"{millions:.2f}M", (1, i), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+            axes.annotate(there if there == at_end else f"{there}, {at_end} at the end", (1, i),
+                          xycoords=("axes fraction", "data"), xytext=(-4, 0),
                           textcoords="offset points", ha="right", va="center", fontsize=8, color="gray")
             labels.append(NAMES[name])
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.margins(x=0.25)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high + 0.6 * (high - low))
         axes.set(xlabel="best validation loss (nats per token)", title=f"{settings}")
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle("Causal, equal steps: a dot a seed, a bar for the mean; right: parameters in the linear layers",
-                    fontsize=10)
+    figure.suptitle("Causal, equal steps: a dot a seed, a bar for the mean; right: parameters in the linear layers "
+                    "at the best epoch", fontsize=10)
     return figure
 
 
@@ -487,9 +498,9 @@ def results_page(study, figures):
 def readme_section(study, figures):
     """README's section: the setup, the comparison in one table, two figures, and the answers."""
     header = [f"causal, n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers", "speed",
-              "best val loss", "perplexity", "tuned: best val loss", "perplexity"]
+              "best val loss", "last", "perplexity", "tuned: best val loss", "last", "perplexity"]
     tuned = {name.removeprefix("tuned_"): row for name, row in comparison_rows(study, "tuned_")}
-    rows = [[row[0], row[3], row[4], row[5], row[9], tuned[name][5], tuned[name][9]]
+    rows = [[row[0], row[3], row[4], *(of[i] for of in (row, tuned[name]) for i in (5, 9, 10))]
             for name, row in comparison_rows(study, "")]
     table = Table("results", "", header, rows)
     answers = "\n".join(wrapped(f"- **{title}** {question(study)[1]}", "  ") for title, question in (

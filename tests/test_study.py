@@ -246,7 +246,7 @@ def test_the_verdict_follows_the_logs(tmp_path):
     wins = told("wins", "adaptive", "tuned_adaptive")
     assert "lowest loss is that of adaptive (v10) in both settings." in wins
     assert "adaptive ranks come in as number 1 and 1," in wins
-    assert "in every seed in both settings, with transport" in wins
+    assert "ranks fixed from the start in every seed in both settings, with transport" in wins
     loses = told("loses", *(prefix + name for prefix in results.SETTINGS
                             for name in results.NAMES if name != "adaptive"))
     assert "adaptive ranks come in as number 6 and 6," in loses

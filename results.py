@@ -236,8 +236,8 @@ def verdict(study):
         [f"{name} with {settings}" for name, settings in zip(first, SETTINGS.values(), strict=True)])
     return (f"**The lowest loss is that of {winners}. Of {len(NAMES)} configurations adaptive ranks come in as number "
             f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
-            f"{listed(places['transport'])}. At the last epoch, with about as many parameters, adaptive ranks beat ranks "
-            f"fixed from the start in every seed {where(worth['adaptive'])}, with transport "
+            f"{listed(places['transport'])}. At the last epoch, with about as many parameters, adaptive ranks beat "
+            f"ranks fixed from the start in every seed {where(worth['adaptive'])}, with transport "
             f"{where(worth['transport'])}.**", " ".join(said))
 
 
@@ -400,29 +400,26 @@ def leak_figure(study):
 
 
 def comparison_figure(study):
-    """Best validation losses of every configuration, a dot a seed, in both regimes."""
+    """Best and last validation losses of every configuration, a dot a seed, in both regimes."""
     plt = plot_logs.plt
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axes, (prefix, settings) in zip(panels, SETTINGS.items(), strict=True):
-        labels = []
         for i, name in enumerate(NAMES):
-            losses = study.values(prefix + name, best_loss)
+            best, last = (study.values(prefix + name, value) for value in (best_loss, last_loss))
+            axes.plot(last, [i] * len(last), "o", color=f"C{i}", markerfacecolor="none")
+            axes.plot(best, [i] * len(best), "o", color=f"C{i}")
+            axes.plot(fmean(best), i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
             there, at_end = (f"{fmean(study.values(prefix + name, parameters)):.2f}M" for parameters in (
                 linear_parameters_at_best, linear_parameters))
-            axes.plot(losses, [i] * len(losses), "o", color=f"C{i}", alpha=0.6)
-            axes.plot(fmean(losses), i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
-            axes.annotate(there if there == at_end else f"{there}, {at_end} at the end", (1, i),
-                          xycoords=("axes fraction", "data"), xytext=(-4, 0),
-                          textcoords="offset points", ha="right", va="center", fontsize=8, color="gray")
-            labels.append(NAMES[name])
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        low, high = axes.get_xlim()
-        axes.set_xlim(low, high + 0.6 * (high - low))
-        axes.set(xlabel="best validation loss (nats per token)", title=f"{settings}")
+            axes.annotate(there if there == at_end else f"{there} \N{RIGHTWARDS ARROW} {at_end}", (1, i),
+                          xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points", va="center",
+                          fontsize=8)
+        axes.set_yticks(range(len(NAMES)), NAMES.values())
+        axes.set_ylim(len(NAMES) - 0.5, -0.5)
+        axes.set(xlabel="validation loss (nats per token)", title=settings)
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle("Causal, equal steps: a dot a seed, a bar for the mean; right: parameters in the linear layers "
-                    "at the best epoch", fontsize=10)
+    figure.suptitle("Causal, equal steps. A dot a seed: full at the best epoch, with a bar for the mean, hollow at the last "
+                    "one.\nBeside them: parameters in the linear layers, at the best epoch and at the end", fontsize=9)
     return figure
 
 

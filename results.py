@@ -418,8 +418,9 @@ def comparison_figure(study):
         axes.set_ylim(len(NAMES) - 0.5, -0.5)
         axes.set(xlabel="validation loss (nats per token)", title=settings)
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle("Causal, equal steps. A dot a seed: full at the best epoch, with a bar for the mean, hollow at the last "
-                    "one.\nBeside them: parameters in the linear layers, at the best epoch and at the end", fontsize=9)
+    figure.suptitle("Causal, equal steps. A dot a seed: full at the best epoch, with a bar for the mean, hollow at the "
+                    "last one.\nBeside them: parameters in the linear layers, at the best epoch and at the end",
+                    fontsize=9)
     return figure
 
 

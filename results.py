@@ -241,8 +241,8 @@ def verdict(study):
             f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
             f"{listed(places['transport'])}. At the last epoch, with about as many parameters, adaptive ranks beat "
             f"ranks fixed from the start in every seed {where(worth['adaptive'])}, with transport "
-            f"{where(worth['transport'])}.** Trained afresh, the ranks found reach a best loss that is, beside that of one "
-            f"fixed rank of their mean, {listed(afresh)}.", " ".join(said))
+            f"{where(worth['transport'])}.** Trained afresh, the ranks found reach a best loss that is, beside that of "
+            f"one fixed rank of their mean, {listed(afresh)}.", " ".join(said))
 
 
 def hypotheses(study):

@@ -226,6 +226,22 @@ def test_no_honest_loss_of_the_reference_study_is_too_good():
     assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["bigram"] - 2
 
 
+def test_what_readme_says_in_prose_is_what_the_reference_study_found():
+    readme, found = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), results.Study(REFERENCE)
+
+    def mean(name, value):
+        return sum(found.values(name, value)) / 3
+    for prefix in results.SETTINGS:
+        losses = {name: mean(prefix + name, results.best_loss) for name in results.NAMES}
+        assert max(losses, key=losses.get) == "adaptive"  # "the method as the report describes it comes last"
+        spread = max(max(values) - min(values) for values in (
+            found.values(prefix + name, results.best_loss) for name in ("fixed_mean", "retrained")))
+        assert abs(losses["retrained"] - losses["fixed_mean"]) < spread  # "worth no more than their mean"
+        times = [round(mean(prefix + name, results.linear_parameters) / mean("transport", results.linear_parameters))
+                 for name in ("dense", "fixed")]
+        assert f"with {times[0]} and {times[1]} times the parameters" in readme
+
+
 def fake(folder, better=()):
     """A study of invented logs, in which the runs of `better` have the lower loss."""
     folder.mkdir()

@@ -190,13 +190,19 @@ class Study:
             elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
-            train, val, *_ = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
-                                             self.defaults.block_size)
+            train, val, vocabulary, *_ = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
+                                                         self.defaults.block_size)
         except v10.UserError:
             path.unlink(missing_ok=True)
             raise
         if not self.records("ngrams", "ngrams"):
-            v10.write_record(self.log("ngrams"), "ngrams", **ngram_losses(train, val))
+            texts = {"val": val}
+            if self.args.test_file:
+                texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], vocabulary)
+            unk = vocabulary.index("<unk>") if "<unk>" in vocabulary else -1
+            v10.write_record(self.log("ngrams"), "ngrams", **{
+                name: ngram_losses(train, text) | {"unk": (text == unk).float().mean().item()}
+                for name, text in texts.items()})
 
     def train(self, run):
         """Start or resume a run, wait for it, probe it, keep of it only the log."""

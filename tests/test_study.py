@@ -56,6 +56,9 @@ def test_the_study_text_is_the_beginning_of_the_data_with_rare_words_as_unk(tmp_
     ours.prepare()
     words = ours.data().read_text().split()
     assert words == ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
+    counted, = records(tmp_path / "ngrams.jsonl")
+    assert counted["val"]["unk"] == 0
+    assert set(counted["val"]) == {"unigram", "bigram", "unk"}
     (tmp_path / "text").write_text(" ".join(["thrice", "twice", "thrice", *text * 29, "thrice", "twice"]))
     ours.data().unlink()
     ours.prepare()
@@ -219,11 +222,11 @@ def test_no_honest_loss_of_the_reference_study_is_too_good():
     found = results.Study(REFERENCE)
     for name, group in found.groups.items():
         if name not in ("untrained", "synthetic") and not group.first.sees_targets:
-            assert min(map(results.best_loss, group.runs)) > found.ngrams["bigram"] - 0.5, name
+            assert min(map(results.best_loss, group.runs)) > found.ngrams["val"]["bigram"] - 0.5, name
     floor = found.groups["synthetic"].first.settings["entropy_floor"]
     assert min(found.values("synthetic", results.best_loss)) > floor
     assert max(found.values("synthetic_bidirectional", results.best_loss)) < floor
-    assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["bigram"] - 2
+    assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["val"]["bigram"] - 2
 
 
 def test_what_readme_says_in_prose_is_what_the_reference_study_found():

@@ -355,9 +355,9 @@ def official(study):
               Cell(perplexity(on[kind]), ",.1f")] for kind, label in (
                   ("bigram", "pairs of words, counted"), ("unigram", "words, counted"))]
     gap = [run.end["test_loss_best"] - on["bigram"] for run in study.groups["tuned_dense"].runs]
-    text = (f"For the study's small vocabulary {on['unk']:.0%} of the official file is `<unk>`, which is easy to predict, "
-            "so that no perplexity here compares with a published one. The tuned dense model's loss there, less that of "
-            f"counted pairs of words, is {told(gap, '+.3f')}.")
+    text = (f"For the study's small vocabulary {on['unk']:.0%} of the official file is `<unk>`, which is easy to "
+            "predict, so that no perplexity here compares with a published one. The tuned dense model's loss there, less "
+            f"that of counted pairs of words, is {told(gap, '+.3f')}.")
     return [Table("official", "", ["", "n", "best val loss", "official file, best epoch", "last epoch",
                                    "perplexity, best epoch"], rows)], text
 

@@ -356,8 +356,8 @@ def official(study):
                   ("bigram", "pairs of words, counted"), ("unigram", "words, counted"))]
     gap = [run.end["test_loss_best"] - on["bigram"] for run in study.groups["tuned_dense"].runs]
     text = (f"For the study's small vocabulary {on['unk']:.0%} of the official file is `<unk>`, which is easy to "
-            "predict, so that no perplexity here compares with a published one. The tuned dense model's loss there, less "
-            f"that of counted pairs of words, is {told(gap, '+.3f')}.")
+            "predict, so that no perplexity here compares with a published one. The tuned dense model's loss there, "
+            f"less that of counted pairs of words, is {told(gap, '+.3f')}.")
     return [Table("official", "", ["", "n", "best val loss", "official file, best epoch", "last epoch",
                                    "perplexity, best epoch"], rows)], text
 

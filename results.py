@@ -30,7 +30,7 @@ class Study:
     """The logs of a folder: groups of ended runs by name, and the other records."""
 
     def __init__(self, folder):
-        self.groups, records, found = {}, [], defaultdict(list)
+        records, found = [], defaultdict(list)
         if not folder.is_dir():
             raise LogError(f"{folder}: there is no such folder")
         for path in sorted(folder.glob("*.jsonl")):
@@ -39,7 +39,10 @@ class Study:
                 run = plot_logs.read_log(path, path.stem, 64)
                 found[name] += [run] * bool(run.end)
             else:
-                records += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                try:
+                    records += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                except ValueError as error:
+                    raise LogError(f"{path}: not lines of JSON ({error})") from None
         self.groups = {name: Group(name, runs) for name, runs in found.items() if runs}
         self.ngrams, self.speed = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                    for kind in ("ngrams", "speed"))
@@ -47,9 +50,6 @@ class Study:
         for record in records:
             if record["kind"] == "probe":
                 self.probes[record["run"]].append(record)
-
-    def has(self, *names):
-        return all(name in self.groups for name in names)
 
     def values(self, name, value):
         return self.groups[name].values(value)
@@ -548,6 +548,8 @@ def main(argv=None):
         return 0
     except LogError as error:
         print(f"results.py: error: {error}", file=sys.stderr)
+    except (LookupError, TypeError, ArithmeticError) as error:
+        print(f"results.py: error: {args.study} holds other logs than those of a study ({error!r})", file=sys.stderr)
     except OSError as error:
         print(f"results.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
     return 2

@@ -125,7 +125,7 @@ class Study:
             found = [json.loads(line) for line in self.log(stem).read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError):  # not there yet, or torn: v10 itself says what is wrong with it
             return []
-        return [record for record in found if record["kind"] == kind]
+        return [record for record in found if isinstance(record, dict) and record.get("kind") == kind]
 
     def done(self, run):
         return bool(self.records(run.stem, "end")) and not self.unprobed(run)
@@ -139,17 +139,12 @@ class Study:
         return run.probed and all(record["run"] != run.name or record["seed"] != run.seed
                                   for record in self.records("probes", "probe"))
 
-    def tuned_flags(self):
-        """The flags of the search's run with the lowest validation loss."""
-        best = min(self.search, key=lambda run: self.records(run.stem, "end")[0]["best_val_loss"])
-        return best.flags
-
     def command(self, run):
         """The command line of a run, as a user would type it."""
         flags = [*self.size * run.sized, *run.flags, *SHORT * self.args.short, "--seed", str(run.seed),
                  "--data-file", str(self.data(run))]
         if run.tuned:
-            flags += self.tuned_flags()
+            flags += min(self.search, key=lambda run: self.records(run.stem, "end")[0]["best_val_loss"]).flags
         if run.tested and self.args.test_file:
             flags += ["--test-file", self.args.test_file]
         if run.ranks_of:
@@ -222,6 +217,8 @@ class Study:
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                                            env=os.environ | {"OMP_NUM_THREADS": threads})
             self.running[run.stem] = process
+            if self.stopping.is_set():  # which may have been since the look above
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
             del self.running[run.stem]
             if code and not self.stopping.is_set():

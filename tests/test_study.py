@@ -296,6 +296,18 @@ def test_a_study_that_is_not_complete_is_not_told(tiny, tmp_path, capsys):
     assert not (tmp_path / "RESULTS.md").exists()
 
 
+@pytest.mark.parametrize(("name", "line", "said"), [
+    ("speed", "{", "speed.jsonl: not lines of JSON"), ("probes", "[]", "holds other logs"),
+    ("dense_s0", "{", "dense_s0.jsonl:1: not a line of JSON"), ("ngrams", '{"kind": "ngrams"}', "is not complete")])
+def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
+    fake(tmp_path / "study")
+    (tmp_path / "study" / f"{name}.jsonl").write_text(line + "\n\n" * (name == "dense_s0"))
+    assert results.main(["--study", str(tmp_path / "study"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
     readme = (ROOT / "README.md").read_bytes()
     assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0

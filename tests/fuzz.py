@@ -101,6 +101,10 @@ def targets(folder):
         *_, floor = v10.load_corpus(folder / "text.tokens", 0.1, 4)
         json.dumps(floor, allow_nan=False)
 
+    def read_ranks(data):
+        here.write_bytes(data)
+        assert len(v10.final_ranks(here, 6)) == 6
+
     def read_checkpoint(data):
         here.write_bytes(data)
         v10.load_model(here)
@@ -132,6 +136,7 @@ def targets(folder):
     return {
         "plot_logs: log, bytes": (of_bytes(log) | of_bytes(report), read_log),
         "plot_logs: log, fields": (mutated_logs(log) | mutated_logs(report), read_log),
+        "v10: ranks of a log": (of_bytes(log) | mutated_logs(log), read_ranks),
         "v10: text": (of_bytes(text), read_text),
         "v10: sidecar": (of_bytes(sidecar) | mutated_logs(sidecar), read_sidecar),
         "v10: checkpoint": (of_bytes(checkpoint), read_checkpoint),

@@ -69,7 +69,7 @@ baseline: $(READY) ## the same with dense layers and the mask
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(if $(LOGS),$(LOGS),$(wildcard logs/*.jsonl)) $(ARGS)
 
-study: $(READY) ## what the report's numbers mean: 60 runs on WikiText-2, two side by side; hours, resumable
+study: $(READY) ## what the report's numbers mean: 67 runs on WikiText-2, two side by side; hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
 

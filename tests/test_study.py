@@ -115,6 +115,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
     assert len(seen) == 4 + 3 * 21
+    assert f"in {len(seen)} small runs" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("flags", "said"), [

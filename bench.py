@@ -135,8 +135,8 @@ def product_rate(matrices, least=3.0):
 
 def elsewhere(kind, args, processes=1):
     """A second step of `kind` in processes of their own -> (its seconds, peak memory of process 0 in MB)."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *torchrun, __file__,
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]  # on a free port
+    command = [sys.executable, *(torchrun if processes > 1 else []), __file__,
                *(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name != "compile"),
                f"--step={kind}"]
     threads = str(max(1, torch.get_num_threads() // processes))

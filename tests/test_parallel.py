@@ -14,7 +14,7 @@ import v10_transformer_lowrank_scaled as v10
 from conftest import RANKS, ROOT, SMALL, records, untimed
 
 V10 = ROOT / "v10_transformer_lowrank_scaled.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # on a free port
 RESIZING = ["--epochs", "3", "--rank-interval", "3", "--optimizer-on-resize", "transport"]
 
 

@@ -317,6 +317,13 @@ def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+def test_a_run_that_has_not_ended_does_not_count(tmp_path):
+    fake(tmp_path / "study")
+    log = tmp_path / "study" / "dense_s1.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert [run.settings["seed"] for run in results.Study(tmp_path / "study").groups["dense"].runs] == [0, 2]
+
+
 def test_a_difference_is_between_runs_of_one_seed(tmp_path):
     study = fake(tmp_path / "study")
     study.groups["fixed"].runs = study.groups["fixed"].runs[1:]

@@ -313,10 +313,15 @@ def training_table(run):
          Cell(e.get("rank_max")), Cell(e.get("rank_avg"), ".1f")] for e in chosen])
 
 
+def projection_means(blocks):
+    """The mean ranks of the six projections over the blocks."""
+    return [fmean(column) for column in zip(*blocks, strict=True)]
+
+
 def rank_table(run):
     """The report's Table 2: final ranks, a row a block, and their means."""
     rows = [[str(i), *map(str, block[:4]), f"{block[4]} / {block[5]}"] for i, block in enumerate(run.blocks())]
-    means = [f"{fmean(column):.1f}" for column in zip(*run.blocks(), strict=True)]
+    means = [f"{mean:.1f}" for mean in projection_means(run.blocks())]
     return Table(f"{run.name}_final_ranks", f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}",
                  ["Block", "Q", "K", "V", "O", "/".join(PROJECTIONS[4:]).replace("/FFN ", "/")],
                  [*rows, ["Mean", *means[:4], f"{means[4]} / {means[5]}"]])
@@ -336,7 +341,7 @@ def report_tables(run):
         for number, report in REPORT_TRAINING.items() if number in epochs
         for (name, key, form), theirs in zip(quantities, report, strict=True)])
     if run.blocks():
-        means = [[fmean(column) for column in zip(*blocks, strict=True)] for blocks in (run.blocks(), REPORT_RANKS)]
+        means = [projection_means(blocks) for blocks in (run.blocks(), REPORT_RANKS)]
         yield Table(f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
                     ["Projection", *header], [beside(name, *both, ".1f") for name, *both in zip(
                         (*PROJECTIONS, "all"), *([*mean, fmean(mean)] for mean in means), strict=True)])
@@ -442,10 +447,10 @@ def contents(runs, report=False):
             yield "The runs were not trained on the same number of tokens."
 
 
-def tables(runs, report=False):
-    """All of it as Markdown."""
+def page(parts):
+    """What contents() gave, as Markdown."""
     return "\n\n".join(part if isinstance(part, str) else part.markdown() if part.name == "comparison" else
-                       f"{part.title}\n\n{part.markdown()}" for part in contents(runs, report)) + "\n"
+                       f"{part.title}\n\n{part.markdown()}" for part in parts) + "\n"
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -469,6 +474,12 @@ AXES = {"epoch": ("epoch", lambda run, epoch: epoch["epoch"]),
         "parameters": ("million parameters in use", lambda run, epoch: epoch.get("params_millions"))}
 
 
+def curve(axes, at, seeds, color, **line):
+    """The mean of (seeds, points) as a line, and a band from the lowest to the highest seed."""
+    axes.plot(at, seeds.mean(0), color=color, **line)
+    axes.fill_between(at, seeds.min(0), seeds.max(0), color=color, alpha=0.2, linewidth=0)
+
+
 def losses_figure(groups, x="epoch"):
     """Validation and training losses: a line for each configuration, with a band over its seeds."""
     label, where = AXES[x]
@@ -480,9 +491,8 @@ def losses_figure(groups, x="epoch"):
         if not common:
             raise LogError(f"{group.name}: its log does not say the {label}, which --x {x} asks for")
         seeds = np.array([[point for point in curve if point[0] in common] for curve in curves])  # (seeds, epochs, 4)
-        _, at, val, train = seeds.mean(0).T
-        axes.plot(at, val, color=f"C{i % 10}", marker="o", markersize=3, label=group.title)
-        axes.fill_between(at, seeds[..., 2].min(0), seeds[..., 2].max(0), color=f"C{i % 10}", alpha=0.2, linewidth=0)
+        _, at, _, train = seeds.mean(0).T
+        curve(axes, at, seeds[..., 2], f"C{i % 10}", marker="o", markersize=3, label=group.title)
         axes.plot(at, train, color=f"C{i % 10}", linestyle="--", linewidth=1)
     floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
               if run.settings.get("entropy_floor")}
@@ -598,11 +608,12 @@ def main(argv=None):
         if not 0 < args.init_rank < 1e15:
             raise LogError("--init-rank must be a rank: at least 1")
         runs = read_logs(args.logs, args.init_rank)
-        text = tables(runs, args.report)
+        parts = [*contents(runs, args.report)]
+        text = page(parts)
         print(text)
         out.mkdir(parents=True, exist_ok=True)
         (out / "tables.md").write_text(text, encoding="utf-8")
-        for table in (part for part in contents(runs, args.report) if isinstance(part, Table)):
+        for table in (part for part in parts if isinstance(part, Table)):
             write_table(table, out)
         start_matplotlib()
         for name, figure in figures(runs, args.x).items():

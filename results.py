@@ -23,6 +23,7 @@ OURS = "54bfa838"  # SHA-256 of the text that the committed logs were trained on
 NAMES = {"dense": "dense (v7)", "fixed": "fixed at the initial rank", "adaptive": "adaptive (v10)",
          "transport": "adaptive, with transport",
          "fixed_mean": "fixed at the mean found", "retrained": "ranks found and trained afresh"}
+COUNTED = {"bigram": "pairs of words, counted", "unigram": "words, counted"}
 SETTINGS = {"": "the report's settings", "tuned_": "settings tuned on the dense model"}
 
 
@@ -134,8 +135,9 @@ def size_flags(study):
 
 def commands(study, *names):
     """The commands of the first seed, as a block of Markdown, with $SIZE for the flags of the study's size."""
-    lines = (f"python3 {study.groups[name].first.settings['command']}" for name in names)
-    return "\n".join(["```", *(line.replace(" ".join(size_flags(study)), "$SIZE") for line in lines), "```"])
+    size = " ".join(size_flags(study))
+    lines = (f"python3 {study.groups[name].first.settings['command']}".replace(size, "$SIZE") for name in names)
+    return "\n".join(["```", *lines, "```"])
 
 
 # ---- The questions ---------------------------------------------------------------------------------------------------
@@ -159,8 +161,7 @@ def leak(study):
                                *(title for title, _ in PROBED.values())], [
         row("bidirectional", f"adaptive, {LEAK}"), row("bidirectional_fixed", f"fixed ranks, {LEAK}"),
         row("bidirectional_dense", f"dense, {LEAK}"), row("adaptive", "adaptive, causal"),
-        mark("pairs of words, counted", study.ngrams["val"]["bigram"]),
-        mark("words, counted", study.ngrams["val"]["unigram"]),
+        *(mark(label, study.ngrams["val"][kind]) for kind, label in COUNTED.items()),
         row("synthetic_bidirectional", f"synthetic text: adaptive, {LEAK}"),
         row("synthetic", "synthetic text: adaptive, causal"), mark("entropy of the synthetic text", floor)])
     masked, at_last, at_others, right, put_there, of_the_text = (
@@ -296,27 +297,22 @@ def choices(study):
                                   "mean rank at the end"], rows)], text
 
 
-def by_projection(run):
-    """The mean final ranks of the six projections."""
-    return [fmean(column) for column in zip(*run.blocks(), strict=True)]
-
-
 RANKED = {"bidirectional": LEAK, "adaptive": "causal", "exact": "causal, exact stable rank",
           "transport": "causal, transport", "tuned_adaptive": "causal, tuned", "long": "causal, longer"}
 
 
 def projections(study):
     """Do the projection types differ as the report's Table 2 says?"""
-    report = [fmean(column) for column in zip(*plot_logs.REPORT_RANKS, strict=True)]
+    report = plot_logs.projection_means(plot_logs.REPORT_RANKS)
     rows = [["the report", DASH, *(Cell(mean, ".1f") for mean in [*report, fmean(report)])]]
     for name, label in RANKED.items():
-        means = [by_projection(run) for run in study.groups[name].runs]
+        means = [plot_logs.projection_means(run.blocks()) for run in study.groups[name].runs]
         rows.append([label, str(len(means)), *(Cell(list(column), ".1f") for column in zip(*means, strict=True)),
                      Cell([fmean(mean) for mean in means], ".1f")])
-    causal = [by_projection(run) for run in study.groups["adaptive"].runs]
+    causal = [plot_logs.projection_means(run.blocks()) for run in study.groups["adaptive"].runs]
     lowest = sum(max(mean[:2]) < min(mean[2:]) for mean in causal)
     highest = sum(mean[3] > max(mean[:3]) for mean in causal)
-    means = [fmean(column) for column in zip(*causal, strict=True)]
+    means = [fmean(column) for column in zip(*causal, strict=True)]  # over the seeds
     order = sorted(range(6), key=means.__getitem__)
     names = [plot_logs.PROJECTIONS[i] for i in order]
     text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the "
@@ -352,8 +348,7 @@ def official(study):
                      Cell([perplexity(loss) for loss in tests[0] if loss is not None], ",.1f")])
     on = study.ngrams["test"]
     rows += [[label, DASH, Cell(study.ngrams["val"][kind], ".3f"), Cell(on[kind], ".3f"), DASH,
-              Cell(perplexity(on[kind]), ",.1f")] for kind, label in (
-                  ("bigram", "pairs of words, counted"), ("unigram", "words, counted"))]
+              Cell(perplexity(on[kind]), ",.1f")] for kind, label in COUNTED.items()]
     gap = [run.end["test_loss_best"] - on["bigram"] for run in study.groups["tuned_dense"].runs]
     text = (f"For the study's small vocabulary {on['unk']:.0%} of the official file is `<unk>`, which is easy to "
             "predict, so that no perplexity here compares with a published one. The tuned dense model's loss there, "
@@ -384,20 +379,18 @@ def leak_figure(study):
     plt, np = plot_logs.plt, plot_logs.np
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for i, (name, label) in enumerate((("adaptive", "causal, adaptive"), ("dense", "causal, dense"),
-                                       ("bidirectional", "no mask, adaptive"),
-                                       ("bidirectional_fixed", "no mask, fixed"),
-                                       ("bidirectional_dense", "no mask, dense"))):
+                                       ("bidirectional", f"{LEAK}, adaptive"),
+                                       ("bidirectional_fixed", f"{LEAK}, fixed"),
+                                       ("bidirectional_dense", f"{LEAK}, dense"))):
         runs = study.groups[name].runs
         epochs, losses = [epoch["epoch"] for epoch in runs[0].epochs], np.array(
             [[epoch["val_loss"] for epoch in run.epochs] for run in runs])
-        style = "-" if i < 2 else "--"
-        label = label.replace("no mask", LEAK)
-        axes.plot(epochs, losses.mean(0), style, color=f"C{i}", label=f"{label}, n = {len(runs)}")
-        axes.fill_between(epochs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
+        plot_logs.curve(axes, epochs, losses, f"C{i}", linestyle="-" if i < 2 else "--",
+                        label=f"{label}, n = {len(runs)}")
         masked = study.probe(name, "val_loss_masked") if i >= 2 else []
         axes.plot([epochs[-1]] * len(masked), masked, "x", color=f"C{i}")
     axes.plot([], [], "x", color="gray", label="the same weights, mask put on")
-    for kind, style, label in (("bigram", ":", "pairs of words, counted"), ("unigram", "-.", "words, counted")):
+    for (kind, label), style in zip(COUNTED.items(), (":", "-."), strict=True):
         axes.axhline(study.ngrams["val"][kind], color="black", linestyle=style, linewidth=1, label=label)
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
              title="Validation losses with and without the causal mask")
@@ -444,9 +437,7 @@ def ranks_figure(study):
                                        ("long", "study, causal, longer"), ("bidirectional", f"study, {LEAK}"))):
         runs = study.groups[name].runs
         ranks = np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
-        epochs = range(ranks.shape[1])
-        axes.plot(epochs, ranks.mean(0), color=f"C{i}", label=f"{label}, n = {len(runs)}")
-        axes.fill_between(epochs, ranks.min(0), ranks.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
+        plot_logs.curve(axes, range(ranks.shape[1]), ranks, f"C{i}", label=f"{label}, n = {len(runs)}")
     axes.set(xlabel="rank updates (one an epoch)", ylabel="mean rank", ylim=(0, None), title="Mean ranks")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -87,7 +87,7 @@ def targets(folder):
     def read_log(data):
         here.write_bytes(data)
         runs = plot_logs.read_logs([here, folder / "log.jsonl"], 64)
-        plot_logs.tables(runs)
+        plot_logs.page(plot_logs.contents(runs))
         for run in runs:
             if run.blocks():
                 plot_logs.history(run)

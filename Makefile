@@ -19,7 +19,7 @@ V7  := v7_transformer_dense_baseline.py
 
 # The demo: three small runs that differ in one thing each.
 DEMO := --data-file data/synthetic.tokens --d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 \
-        --epochs 10 --steps-per-epoch 45 --lr 2e-3
+        --epochs 10 --steps-per-epoch 45 --lr 2e-3 --dtype float32
 DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl

@@ -37,7 +37,7 @@ SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_den
 SEEDS = (0, 1, 2)
 SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
-        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1""".split(),
+        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --dtype float32""".split(),
     "report": []}  # v10's defaults
 SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60".split()
 WORDS, RARE = 100_000, 3  # of the small size
@@ -87,9 +87,9 @@ RUNS = [
     Run("tuned_fixed_mean", ranks_of="tuned_adaptive", as_mean=True, tuned=True, timed=True),
     Run("tuned_retrained", ranks_of="tuned_adaptive", tuned=True, timed=True),
 ]
-UNTRAINED = tuple("--lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001".split())
+UNTRAINED = tuple("--lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001 --dtype float32".split())
 DEMO = tuple("""--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45
-    --lr 2e-3 --init-rank 32 --min-rank 4""".split())  # as in the Makefile
+    --lr 2e-3 --dtype float32 --init-rank 32 --min-rank 4""".split())  # as in the Makefile
 LATER = [  # after the speed has been measured
     Run("tuned_dense_equal_time", "v7", tuned=True, at_equal_time=True),
     Run("untrained", flags=UNTRAINED, sized=False),  # of the report's size
@@ -329,7 +329,7 @@ def measure_speed(study, rounds=9):
             of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
             ranks[run.name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
     args = argparse.Namespace(**settings)
-    device, _ = v10.pick_device(args)
+    device = v10.pick_device(args.device)
     train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size)
     train, generator = train.to(device), torch.Generator().manual_seed(0)
 

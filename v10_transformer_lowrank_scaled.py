@@ -312,6 +312,21 @@ class GPTConfig:
     dropout: float = 0.0
 
 
+def attention(q, k, v, causal, dropout):
+    """softmax(q k^T / sqrt(d)) v, causal or not, for q, k, v (B, heads, T, d): PyTorch's, but for two weak spots."""
+    T, device, mask = q.shape[2], q.device.type, None
+    if device == "cpu" and q.dtype == torch.bfloat16 and T <= 1024:  # written out it takes half the time
+        scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, heads, T, T)
+        if causal:
+            scores = scores + torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    if device == "mps":  # Metal's attention has been wrong on strided inputs, and in half precision with
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if causal and q.dtype != torch.float32:  # is_causal could see future keys (pytorch#195910)
+            causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, (B, T, C) -> (B, T, C). `linear(n, m)` makes each of its six linear layers."""
 
@@ -328,13 +343,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.config.n_heads, -1).transpose(1, 2)
                    for y in side_by_side((self.q, self.k, self.v), x))  # (B, heads, T, C / heads)
-        causal, mask = self.config.attention == "causal", None
-        if q.device.type == "mps":  # Metal's attention has been wrong on strided inputs, and in half precision with
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-            if causal and q.dtype != torch.float32:  # is_causal could see future keys (pytorch#195910)
-                causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           dropout_p=self.config.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.config.attention == "causal", self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x):
@@ -343,40 +352,46 @@ class Block(nn.Module):
 
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
+CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
 REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The mean cross entropy of x W^T + b, for x (N, C), W (V, C), b (V,) and targets (N,), without its N x V logits.
 
-    The logits exist for a tile of tokens at a time, as many as fit in LOGITS_BYTES. They become log p, then p - onehot,
-    the gradient, from which those of x, W and b are formed at once; the backward pass only scales them. Without `grad`
-    none of that is done. Products run in `dtype`; probabilities, the loss and sums over tiles stay in W's.
+    The logits exist for a tile of tokens at a time, as many as fit in LOGITS_BYTES. They become p, then p - onehot, the
+    gradient, from which those of x, W and b are formed at once; the backward pass only scales them. Without `grad` none
+    of that is done. Products run in `dtype`; the bias, probabilities, the loss and sums over tiles stay in W's.
     """
 
     @staticmethod
     def forward(ctx, x, W, b, targets, dtype, grad):
-        N, V = len(x), len(W)
+        N, V, on_cpu = len(x), len(W), W.device.type == "cpu"
         tokens = LOGITS_BYTES // (V * W.element_size())
         tokens = min(N, 1 << max(tokens.bit_length() - 1, 0))  # a power of two: odd sizes make slower products
-        logits = P = torch.empty(tokens, V, dtype=dtype, device=W.device)
-        if W.device.type != "cpu" or dtype != W.dtype:  # only the CPU's log_softmax is sure to work in place
-            P = torch.empty_like(logits, dtype=W.dtype)
+        rows = max(1, CACHE_BYTES // (V * W.element_size())) if on_cpu else tokens
+        logits = torch.empty(tokens, V, dtype=dtype, device=W.device)
+        exact = torch.empty(min(rows, tokens), V, dtype=W.dtype, device=W.device) if dtype != W.dtype else None
         low_W, loss = W.to(dtype), W.new_zeros(())
-        d_x, d_W, d_b = (torch.empty_like(p, dtype=W.dtype) for p in (x, W, b)) if grad else (None, None, None)
+        d_x, d_W = (torch.empty_like(p, dtype=W.dtype) for p in (x, W)) if grad else (None, None)
+        d_b = torch.zeros_like(b) if grad else None
         for start in range(0, N, tokens):
-            tile, target = slice(start, start + tokens), targets[start:start + tokens, None]
-            low_x, Z = x[tile].to(dtype), logits[:len(target)]
-            torch.mm(low_x, low_W.T, out=Z).add_(b)  # (n, V)
-            p = torch.log_softmax(Z, 1, dtype=W.dtype, out=P[:len(target)])
-            loss -= p.gather(1, target).sum()
+            tile = slice(start, start + tokens)
+            low_x = x[tile].to(dtype)
+            Z = torch.mm(low_x, low_W.T, out=logits[:len(low_x)])  # (n, V)
+            for z, target in zip(Z.split(rows), targets[tile, None].split(rows), strict=True):
+                p = (z if exact is None else exact[:len(z)].copy_(z)).add_(b)
+                behind = p.amax(1, keepdim=True) - p.gather(1, target)  # the target's logit behind the highest
+                p = torch.softmax(p, 1, out=p if on_cpu else None)  # only the CPU's is sure to work in place
+                loss += (behind - p.amax(1, keepdim=True).log()).sum()  # -log p of the target, however small p is
+                if grad:
+                    p.scatter_add_(1, target, p.new_full(target.shape, -1))
+                    d_b.addmv_(p.T, p.new_ones(len(p)))  # their sum, twice as fast
+                    z.copy_(p)
             if grad:
-                p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
-                d_b.addmv_(p.T, p.new_ones(len(p)), beta=float(start > 0))  # their sum, twice as fast
-                p = p if p.dtype == dtype else Z.copy_(p)
-                add_product(d_W, p.T, low_x, first=start == 0)
+                add_product(d_W, Z.T, low_x, first=start == 0)
                 for word in range(0, V, REDUCTION):
-                    add_product(d_x[tile], p[:, word:word + REDUCTION], low_W[word:word + REDUCTION], first=word == 0)
+                    add_product(d_x[tile], Z[:, word:word + REDUCTION], low_W[word:word + REDUCTION], first=word == 0)
         ctx.save_for_backward(d_x, d_W, d_b)
         ctx.N = N
         return loss / N
@@ -728,7 +743,8 @@ def resume_point(args, settings, files):
         raise error from None
     if "settings" not in checkpoint:
         raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
-    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command")
+    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
+            *["dtype"] * (args.dtype == "auto"))  # the checkpoint's, whatever would be chosen now
     changed = [f"{name} was {checkpoint['settings'].get(name)} and is now {value}" for name, value in settings.items()
                if name not in free and value != checkpoint["settings"].get(name)]
     if changed:
@@ -961,20 +977,48 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(option, size)
 
 
-def pick_device(args):
-    """Resolve --device auto and --dtype auto -> (torch.device, torch.dtype)."""
+def pick_device(name):
+    """The device of --device, ready for use -> torch.device."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in found if found[name]) if args.device == "auto" else args.device
+    name = next(name for name in found if found[name]) if name == "auto" else name
     if not found[name]:
         raise UserError(f"--device {name} is not available on this machine: try --device auto")
-    native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = ("bfloat16" if native else "float32") if args.dtype == "auto" else args.dtype
     if name == "cuda":  # each process of a machine takes a GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if processes() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
     if name == "cpu":
         keep_freed_memory()
-    return torch.device(name), getattr(torch, dtype)
+    return torch.device(name)
+
+
+def choose_dtype(device, d_model):
+    """What --dtype auto means -> ("bfloat16" or "float32", why)."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "native on this GPU") if native else ("float32", "this GPU has no native bfloat16")
+    if device.type == "mps":
+        return "float32", "half precision on Metal has been wrong"
+    if d_model < 128:
+        return "float32", "below --d-model 128, bfloat16 gains little on a CPU"
+    if not (ratio := bfloat16_speedup()):
+        return "float32", "this processor has no native bfloat16"
+    return "bfloat16" if ratio >= 2 else "float32", f"a product in bfloat16 is {ratio:.1f} times as fast here"
+
+
+def bfloat16_speedup():
+    """How many times faster a large product is in bfloat16 than in float32 on this CPU, measured in a second; 0 where
+    the processor only emulates bfloat16, which is many times slower, or torch does not say (before 2.10)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # x86-64, x86-64, ARM
+        return 0.0
+    matrices = [torch.ones(2048, 2048, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = [[], []]
+    for _ in range(4):  # in turn, and the best of each: other work on the machine only slows
+        for matrix, taken in zip(matrices, seconds, strict=True):
+            began = time.perf_counter()
+            matrix @ matrix
+            taken.append(time.perf_counter() - began)
+    return min(seconds[0]) / min(seconds[1])
 
 
 def default_grad_accum(windows, block_size, device):
@@ -1028,7 +1072,7 @@ def train(args, prog, command, held, linear=None):
     """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7). The log
     stays locked as long as the ExitStack `held`."""
     # 1) whatever is wrong with the request is found before any long work
-    device, dtype = pick_device(args)
+    device = pick_device(args.device)
     args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
     files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
@@ -1042,11 +1086,16 @@ def train(args, prog, command, held, linear=None):
         raise UserError(f"{args.test_file} has {len(tests[0])} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": prog, "command": command, "processes": processes(), "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."), "data_file": data.name, "data_sha256": sha256,
+        "data_file": data.name, "data_sha256": sha256,
         "test_file": args.test_file and Path(args.test_file).name, "log_file": files.log.name,
         "ranks_from": args.ranks_from and Path(args.ranks_from).name, "checkpoint": files.last.name}
     once(lambda: files.claim(held))
     checkpoint = resume_point(args, settings, files)
+    dtype_reason = "as --dtype asks"
+    if args.dtype == "auto" and checkpoint:
+        settings["dtype"], dtype_reason = checkpoint["settings"]["dtype"], "as the run began"
+    elif args.dtype == "auto":
+        settings["dtype"], dtype_reason = once(lambda: choose_dtype(device, args.d_model))
     total = args.epochs * args.steps_per_epoch
     if checkpoint and checkpoint["state"]["step"] == total and (
             re.search(rb'"kind": "end".*\n', files.log.read_bytes()[checkpoint["log_bytes"]:])):
@@ -1062,7 +1111,7 @@ def train(args, prog, command, held, linear=None):
                            args.block_size, args.attention, args.dropout)
         ranks = iter(initial)
         model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))))
-    model.to(device).bfloat16 = dtype == torch.bfloat16
+    model.to(device).bfloat16 = settings["dtype"] == "bfloat16"
     if args.compile:
         compile_blocks(model)
     layers = list(model.linears().values())
@@ -1098,7 +1147,7 @@ def train(args, prog, command, held, linear=None):
                      epochs=args.epochs, command=command)
     else:  # where --resume had to start over, the record is that of a run which was only started
         write_record(files.log, "run", **settings | {"resume": False, "command": command.replace(" --resume", "")},
-                     device_name=device_name(device),
+                     device_name=device_name(device), dtype_reason=dtype_reason,
                      versions={"python": platform.python_version(), "torch": torch.__version__},
                      vocab_size=len(vocabulary), train_tokens=len(train_tokens), val_tokens=len(val_tokens),
                      parameters=count_parameters(model), factor_parameters=count_parameters(*layers),
@@ -1106,7 +1155,7 @@ def train(args, prog, command, held, linear=None):
                      layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
                      leak_check=leak, entropy_floor=floor)
     say(f"{prog}: {count_parameters(model):,} parameters, {count_parameters(*layers):,} of them in {len(layers)} "
-        f"linear layers; {settings['dtype']} on {device_name(device)}"
+        f"linear layers; {settings['dtype']} ({dtype_reason}) on {device_name(device)}"
         + f", {processes()} processes" * (processes() > 1) + f", {args.grad_accum} parts a step" * (args.grad_accum > 1)
         + f"\n{data.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
         f"{len(vocabulary):,} words" + (f", entropy floor {floor:.3f}" if floor else ""))
@@ -1290,7 +1339,8 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of weights, batches, dropout, estimates")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first one there")
     flag("--compile", action="store_true", help="torch.compile: a minute or two first, needs a C++ compiler")
-    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA where native")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+         help="of the products; auto: bfloat16 on CUDA if native, and on a CPU if at least twice as fast")
     flag = parser.add_argument_group("files").add_argument
     flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")
     flag("--checkpoint", help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")

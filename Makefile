@@ -80,7 +80,7 @@ results: $(READY) ## every table and figure of README.md and RESULTS.md, from lo
 	$(PY) tests/soak.py --show logs/reference/soak.jsonl
 	$(PY) results.py
 
-bench: $(READY) ## speed and memory as ratios, at the report's size: a quarter of an hour
+bench: $(READY) ## speed and memory as ratios, at the report's size: half an hour
 	$(PY) bench.py $(ARGS)
 
 test: $(DEV)    ## the tests, a few minutes

@@ -1,17 +1,20 @@
 """Speed and memory of v10 as ratios, measured in one run, in interleaved rounds: make bench.
 
-    python3 bench.py                              the report's size, a quarter of an hour -> logs/bench.json
+    python3 bench.py                              the report's size, half an hour -> logs/bench.json
+    python3 bench.py --dtype bfloat16             one dtype, where by default both are measured, if both are native
     python3 bench.py --show logs/bench.json       the table of earlier results
 
 Machines are noisy: no time means anything alone. Each round measures every entry once, in turn, between two of v10's
 steps, and each ratio is one of neighbours in time. Reported are medians over the rounds, with their range.
 
-The floor of a step is the time of its matrix products at the rate of a large one: forward once, backward twice, for the
-output layer, the factors at their rank, and causal attention (half of the T x T scores). Nothing that computes these
-products one after another can be faster; what a step takes beyond it is memory traffic and all that is no product.
+The floor of a step is the time of its matrix products at the rate of a large one in the same dtype: forward once,
+backward twice, for the output layer, the factors at their rank, and causal attention (half of the T x T scores).
+Nothing that computes these products one after another can be faster; what a step takes beyond it is memory traffic and
+all that is no product.
 
 The literal reading is the report taken word by word: explicit softmax attention, full logits, default AdamW, and a rank
-update through the dense product and a full SVD. It shares v10's model and batches.
+update through the dense product and a full SVD. It shares v10's model and batches. Rank updates run on the CPU, in
+float32, whatever the device and the dtype.
 """
 import argparse
 import functools
@@ -84,27 +87,30 @@ def low_rank(rank):
 def make_step(kind, args):
     """-> a function that does one training step of `kind`: literal, v7, compiled, or v10 at a rank, as in v10@64."""
     torch.manual_seed(0)
+    device = v10.pick_device(args.device)
     linear = v7.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
     config = v10.GPTConfig(args.words, args.d_model, args.n_layers, args.n_heads, 4 * args.d_model, args.block_size)
-    parts = v10.default_grad_accum(args.batch_size // v10.processes(), args.block_size, torch.device("cpu"))
+    parts = v10.default_grad_accum(args.batch_size // v10.processes(), args.block_size, device)
+    model = (LiteralGPT if kind == "literal" else v10.GPT)(config, linear).to(device)
+    model.bfloat16 = args.dtype == "bfloat16"
     if kind == "literal":
-        model, parts = LiteralGPT(config, linear), 1
+        parts = 1
         for block in model.blocks:
             block.__class__ = LiteralBlock
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     else:
-        v10.keep_freed_memory()
-        model = v10.GPT(config, linear)
         optimizer = v10.make_optimizer(model, argparse.Namespace(lr=3e-4, weight_decay=0.01))
     if kind == "compiled":
         v10.compile_blocks(model)
     trained, generator = v10.parallel(model), torch.Generator().manual_seed(0)
-    tokens = torch.arange(args.words + args.block_size) % args.words
+    tokens = torch.arange(args.words + args.block_size, device=device) % args.words
 
     def step():
         batch = v10.sample_batch(tokens, args.batch_size, args.block_size, generator)
-        return v10.train_step(trained, optimizer, *(part.chunk(v10.processes())[v10.process()] for part in batch),
+        loss = v10.train_step(trained, optimizer, *(part.chunk(v10.processes())[v10.process()] for part in batch),
                               grad_accum=parts)
+        v10.now(device)  # waits for it
+        return loss
     return step
 
 
@@ -126,11 +132,13 @@ def seconds(action, times=1):
 
 def product_rate(matrices, least=3.0):
     """Floating-point operations a second of a large matrix product, kept up for `least` seconds."""
-    count, began = 0, time.perf_counter()
-    while not count or time.perf_counter() - began < least:
-        torch.mm(*matrices[:2], out=matrices[2])
-        count += 1
-    return 2 * LARGE**3 * count / (time.perf_counter() - began)
+    device = matrices[0].device
+    count, began = 0, v10.now(device)
+    while not count or v10.now(device) - began < least:
+        for _ in range(1 if device.type == "cpu" else 100):  # to wait for a GPU takes time too
+            torch.mm(*matrices[:2], out=matrices[2])
+            count += 1
+    return 2 * LARGE**3 * count / (v10.now(device) - began)
 
 
 def elsewhere(kind, args, processes=1):
@@ -149,23 +157,30 @@ def elsewhere(kind, args, processes=1):
 def here(kind, args):
     """elsewhere()'s other end."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+        dist.init_process_group()
     step = make_step(kind, args)
     step()
     v10.gather("ready")
     taken = seconds(step)
     if v10.process() == 0:
-        print(json.dumps([taken, v10.peak_memory_mb(torch.device("cpu"))]))
+        print(json.dumps([taken, v10.peak_memory_mb(v10.pick_device(args.device))]))
     v10.gather("done")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def native_dtypes(device):
+    """The dtypes whose products this device computes natively, so far as torch says."""
+    low = v10.bfloat16_speedup() > 0 if device.type == "cpu" else v10.choose_dtype(device, LARGE)[0] == "bfloat16"
+    return ["float32"] + ["bfloat16"] * low
+
+
 def measure(args):
-    """-> the results as a dict for JSON."""
+    """One dtype's results, as a dict for JSON."""
     full, half, quarter = (f"v10@{rank}" for rank in (args.rank, args.rank // 2, args.rank // 4))
+    device, dtype = v10.pick_device(args.device), getattr(torch, args.dtype)
     flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
-    matrices = [torch.randn(LARGE, LARGE) for _ in range(3)]
+    matrices = [torch.randn(LARGE, LARGE, dtype=dtype, device=device) for _ in range(3)]
     with torch.no_grad():
         blocks = [v10.Block(v10.GPTConfig(1, args.d_model, d_ff=4 * args.d_model), low_rank(args.rank))
                   for _ in range(args.n_layers)]
@@ -173,9 +188,13 @@ def measure(args):
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
     step = make_step(full, args)
-    entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices), "two": lambda: elsewhere(full, args, 2)[0]}
+    entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices)}
+    if device.type == "cpu":
+        entries["two"] = lambda: elsewhere(full, args, 2)[0]
     for kind in (half, quarter, "v7", "literal", *["compiled"] * args.compile):
         entries[kind] = functools.partial(seconds, make_step(kind, args))
+    if args.dtype != "float32":
+        entries["float32"] = functools.partial(seconds, make_step(full, with_dtype(args, "float32")))
     rounds = []
     for number in range(args.rounds + 1):  # the first one warms up
         taken, before = {}, seconds(step)
@@ -191,7 +210,7 @@ def measure(args):
                   "large update": seconds(lambda: factor_rank_update(large, shrunk, generator), times=10),
                   "v10": before}
         rounds.append(taken)
-        print(f"round {number} of {args.rounds}: " + ", ".join(
+        print(f"{args.dtype}, round {number} of {args.rounds}: " + ", ".join(
             "{} {seconds:.3f} s, v10 {v10:.3f} s".format(name, **value) if isinstance(value, dict) else
             f"{name} {value:.3f} s" for name, value in taken.items()), flush=True)
     warm = rounds[1:]
@@ -207,15 +226,14 @@ def measure(args):
     def v10_over(name):
         return middle([taken[name]["v10"] / taken[name]["seconds"] for taken in warm])
     return {
-        "device": v10.device_name(torch.device("cpu")),
-        "torch": torch.__version__, "flop": flop, "rounds": warm, "large_literal_seconds": large_literal,
-        "memory_mb": memory, "measured": {
+        "flop": flop, "rounds": warm, "large_literal_seconds": large_literal, "memory_mb": memory, "measured": {
             "step time of v10 / floor": v10_over("floor"),
+            **({"step time of v10 in float32 / in bfloat16": over_v10("float32")} if "float32" in entries else {}),
             "step time of the literal reading / v10": over_v10("literal"),
             "step time of v7 / v10": over_v10("v7"),
             f"step time of v10 at rank {args.rank // 2} / {args.rank}": over_v10(half),
             f"step time of v10 at rank {args.rank // 4} / {args.rank}": over_v10(quarter),
-            "step time of v10 in one process / in two": v10_over("two"),
+            **({"step time of v10 in one process / in two": v10_over("two")} if "two" in entries else {}),
             **({"step time of v10 / with --compile": v10_over("compiled")} if args.compile else {}),
             "peak memory of v10 / the literal reading": memory[full] / memory["literal"],
             "peak memory of v10 / v7": memory[full] / memory["v7"],
@@ -227,16 +245,26 @@ def measure(args):
                 [taken["update"] / taken["v10"] / 200 for taken in warm])}}
 
 
+def with_dtype(args, dtype):
+    return argparse.Namespace(**vars(args) | {"dtype": dtype})
+
+
 def section(results):
-    """The results as Markdown: what was run where, and a table."""
-    def cells(value):
+    """The results as Markdown: what was run where, and a table with a column for each dtype."""
+    def cell(value):
+        if value is None:
+            return "\N{EN DASH}"
         numbers = [value] if isinstance(value, float) else [value[name] for name in ("median", "least", "most")]
         median, *ends = (f"{number:.3%}" if max(numbers) < 0.01 else f"{number:,.{2 * (number < 10)}f}"
                          for number in numbers)
-        return f"| {median} | {' to '.join(ends) or 'measured once'} |"
-    rows = [f"| {name} {cells(value)}" for name, value in results["measured"].items()]
-    return "\n".join([f"`{results['command']}`, {results['device']}, torch {results['torch']}, medians over "
-                      f"{len(results['rounds'])} rounds:", "", "| ratio | median | range |", "|---|--:|--:|", *rows])
+        return median + (f" ({' to '.join(ends)})" if ends else "")
+    measured = {dtype: found["measured"] for dtype, found in results["dtypes"].items()}
+    names = max(measured.values(), key=len)  # the last dtype may have one row more
+    rows = [f"| {name} | " + " | ".join(cell(found.get(name)) for found in measured.values()) + " |" for name in names]
+    rounds = len(next(iter(results["dtypes"].values()))["rounds"])
+    return "\n".join([f"`{results['command']}`, {results['device']}, torch {results['torch']}, medians over {rounds} "
+                      "rounds, with their range:", "", f"| ratio | {' | '.join(measured)} |",
+                      f"|---|{'--:|' * len(measured)}", *rows])
 
 
 def main(argv=None):
@@ -249,6 +277,8 @@ def main(argv=None):
             ("--batch-size", 32, "windows a step"), ("--words", 33_277, "in the vocabulary"),
             ("--large", 4096, "side of the one large layer")):
         parser.add_argument(flag, type=v10.number(int, least=4 if flag == "--rank" else 1), default=default, help=text)
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="as v10's")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: both if native")
     parser.add_argument("--compile", action="store_true", help="measure --compile too; takes minutes more")
     parser.add_argument("--log-file", default="logs/bench.json", help="where the results go, in JSON")
     parser.add_argument("--show", metavar="FILE", help="only print the table of earlier results")
@@ -268,7 +298,11 @@ def main(argv=None):
         else:
             Path(log).parent.mkdir(parents=True, exist_ok=True)
             Path(log).touch()  # a path that cannot be written is found before the work
-            results = measure(args) | {"command": shlex.join(["python3", "bench.py", *argv])}
+            device = v10.pick_device(args.device)
+            dtypes = native_dtypes(device) if args.dtype == "auto" else [args.dtype]
+            results = {"command": shlex.join(["python3", "bench.py", *argv]), "device": v10.device_name(device),
+                       "torch": torch.__version__,
+                       "dtypes": {dtype: measure(with_dtype(args, dtype)) for dtype in dtypes}}
             Path(log).write_text(json.dumps(results, indent=1) + "\n")
         print(section(results))
         return 0

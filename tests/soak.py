@@ -5,8 +5,9 @@
 
 At a chosen point the run kills itself: half-way through the n-th write of its log or of a checkpoint, at its n-th
 fsync, os.replace or evaluation, or with half of its layers resized. Ranks change every 3 steps, epochs have 10, and a
-checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize, the other carries
-it. Each kill is a line of the log; the last line is the verdict. Exit code 1 where anything was lost or differs.
+checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize and trains in
+float32, the other carries it and trains in bfloat16. Each kill is a line of the log; the last line is the verdict. Exit
+code 1 where anything was lost or differs.
 """
 import argparse
 import builtins
@@ -157,7 +158,7 @@ def soak(seed, random_kills, chosen_kills, write):
     plan = [RANDOM] * random_kills + list(CHOSEN) * chosen_kills
     rng.shuffle(plan)
     with tempfile.TemporaryDirectory() as place:
-        for choice in ("reinit", "transport"):
+        for choice, dtype in (("reinit", "float32"), ("transport", "bfloat16")):
             straight, mine = Path(place, f"{choice}-straight"), plan[::2] if choice == "reinit" else plan[1::2]
             runs = [Path(place, f"{choice}-{i}") for i in range(len(mine) + 1)]
             for folder in (straight, *runs):
@@ -165,7 +166,7 @@ def soak(seed, random_kills, chosen_kills, write):
                 words = random.Random(0).choices([f"w{i}" for i in range(50)], k=3000)
                 (folder / "text").write_text(" ".join(words))
                 (folder / "test").write_text(" ".join(words[::7]))
-            flags = ["--optimizer-on-resize", choice]
+            flags = ["--optimizer-on-resize", choice, "--dtype", dtype]
             began = time.monotonic()
             _, ready = launch(straight, flags)
             whole = time.monotonic() - began

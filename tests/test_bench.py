@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import bench
+import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT
 
-SMALL = {"rank": 6, "d_model": 16, "n_layers": 2, "n_heads": 2, "block_size": 8, "batch_size": 4, "words": 40}
+SMALL = {"device": "cpu", "dtype": "float32", "rank": 6, "d_model": 16, "n_layers": 2, "n_heads": 2, "block_size": 8,
+         "batch_size": 4, "words": 40}
 
 
 @pytest.fixture
@@ -24,8 +26,10 @@ def results(tmp_path):
 
 
 def test_its_table_follows_from_the_seconds_it_wrote(results):
-    found, printed = results
-    assert bench.section(found) in printed
+    results, printed = results
+    assert bench.section(results) in printed
+    assert list(results["dtypes"]) == ["float32"]
+    found = results["dtypes"]["float32"]
     assert len(found["rounds"]) == 2
     for row, name, over_v10 in (
             ("step time of v10 / floor", "floor", False), ("step time of v7 / v10", "v7", True),
@@ -38,6 +42,16 @@ def test_its_table_follows_from_the_seconds_it_wrote(results):
     updates = sorted(taken["literal update"] / taken["update"] for taken in found["rounds"])
     assert list(found["measured"]["time of the literal rank update / v10's"].values()) == pytest.approx(
         [sum(updates) / 2, *updates])
+
+
+def test_both_dtypes_are_measured_if_both_are_native(monkeypatch, capsys):
+    monkeypatch.setattr(v10, "bfloat16_speedup", lambda: 2.3)
+    monkeypatch.setattr(bench, "measure", lambda args: {"rounds": [1], "measured": {
+        "float32": {"step": 1.5}, "bfloat16": {"step": 1.7, "beside float32": 2.25}}[args.dtype]})
+    assert bench.main(["--device", "cpu", "--log-file", "/dev/null"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "| ratio | float32 | bfloat16 |", "|---|--:|--:|", "| step | 1.50 | 1.70 |",
+        "| beside float32 | \N{EN DASH} | 2.25 |"]
 
 
 def test_the_literal_reading_computes_the_same_losses_as_v10():

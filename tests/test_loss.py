@@ -50,16 +50,24 @@ def test_loss_and_gradients_of_extreme_logits_are_those_of_cross_entropy():
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bfloat16_only_the_products_are_rounded(monkeypatch):
-    monkeypatch.setattr(v10, "LOGITS_BYTES", 7 * V * 4)
-    x, W, b, targets = problem(torch.float32)
-    low = x.detach().bfloat16().requires_grad_()
-    loss = ours(low, W, b, targets, torch.bfloat16)
-    want = F.cross_entropy(F.linear(x, W, b), targets)
+def test_in_bfloat16_loss_and_gradients_are_off_by_the_rounding_of_the_products_alone_and_not_to_one_side(monkeypatch):
+    monkeypatch.setattr(v10, "LOGITS_BYTES", 300 * 500 * 4)  # tiles of 256, 256 and 88 tokens
+    monkeypatch.setattr(v10, "CACHE_BYTES", 100 * 500 * 4)
+    torch.manual_seed(0)
+    x, W, b = (torch.randn(*shape) for shape in ((600, 32), (500, 32), (500,)))
+    x, W = x.bfloat16(), W.bfloat16().float()  # what rounding these does to the loss is not asked here
+    logits = F.linear(x.float(), W, b)
+    targets = torch.cat([logits[:300].argmax(1), torch.randint(500, (300,))])  # some are all but certain
+    ours_in, exact_in = ([t.to(dtype).requires_grad_() for t in (x, W, b)] for dtype in (None, torch.float64))
+    ours_in[0] = x.clone().requires_grad_()
+    loss = ours(*ours_in, targets, torch.bfloat16)
+    want = F.cross_entropy(F.linear(*exact_in), targets)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(want.item(), rel=1e-2)
-    for theirs, mine in zip(torch.autograd.grad(want, (x, W, b)), torch.autograd.grad(loss, (low, W, b)), strict=True):
-        assert F.cosine_similarity(mine.float().flatten(), theirs.flatten(), dim=0) > 0.999
+    assert loss.item() == pytest.approx(want.item(), abs=2e-3)
+    for mine, theirs in zip(torch.autograd.grad(loss, ours_in), torch.autograd.grad(want, exact_in), strict=True):
+        mine = mine.double()
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
+        assert (mine * theirs).sum() == pytest.approx((theirs * theirs).sum().item(), rel=1e-3), "biased"
 
 
 def test_evaluation_forms_no_gradient(monkeypatch):

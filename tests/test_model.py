@@ -133,3 +133,28 @@ def test_generating_coldly_takes_the_likeliest_word():
     model, vocabulary = small().eval(), [f"w{i}" for i in range(31)]
     words = v10.generate(model, vocabulary, "w5 w9", n_tokens=1, temperature=1e-6).split()
     assert words[2] == vocabulary[model(torch.tensor([[5, 9]]))[0, -1].argmax()]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [7, 256, 1030])
+def test_attention_in_bfloat16_is_attention_up_to_rounding(causal, T):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, T, 2, 16, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]  # q, k, v, gradient
+    (*low, d_low), (*exact, d_exact) = ([t.to(dtype).requires_grad_() for t in inputs]
+                                        for dtype in (torch.bfloat16, torch.float64))
+    state = torch.get_rng_state()
+    mine = v10.attention(*low, causal, 0.0)
+    assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
+    theirs = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=causal)
+    assert mine.dtype == torch.bfloat16
+    for one, other in zip((mine, *torch.autograd.grad(mine, low, d_low)),
+                          (theirs, *torch.autograd.grad(theirs, exact, d_exact)), strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+def test_attention_in_bfloat16_drops_as_much_as_it_is_told():
+    q, k, v = torch.zeros(3, 1, 2, 64, 16, dtype=torch.bfloat16).unbind()
+    v = torch.eye(64, 16, dtype=torch.bfloat16).expand(1, 2, 64, 16)
+    y = v10.attention(q, k, v, False, 0.25) * 64  # of 64 equal probabilities a quarter is dropped, the others grow
+    assert (y == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert y.float().mean() == pytest.approx(1, abs=0.03)

@@ -6,10 +6,10 @@
 
 Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of training, a table of costs and, for
 several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
-With --report the report's own numbers stand beside them. Writes all of it to DIR/tables.md and each table to DIR/*.csv
-and *.tex (booktabs); beside them the figures, as PNG and PDF: losses, and for each run NAME_ranks (rank against epoch),
-NAME_heatmap (layer by epoch) and NAME_final_ranks (block by projection). A run without a causal mask is marked
-everywhere: it sees its targets.
+Writes all of it to DIR/tables.md and each table to DIR/*.csv and *.tex (booktabs); beside them the figures, as PNG and
+PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap (layer by epoch) and NAME_final_ranks (block
+by projection). With --report the report's own numbers stand beside each run's, in tables and in NAME_report. A run
+without a causal mask is marked everywhere: it sees its targets.
 """
 import argparse
 import csv
@@ -30,6 +30,7 @@ DASH = "\N{EN DASH}"  # for what a log does not say
 REPORT_TRAINING = {1: (7.156, 6.740, 60, 60, 60.0), 5: (5.778, 6.167, 44, 44, 44.0), 10: (5.313, 6.123, 24, 32, 26.1),
                    15: (5.020, 5.909, 10, 32, 19.9), 20: (4.819, 6.021, 10, 32, 17.9),
                    25: (2.964, 3.327, 9, 32, 17.0), 30: (0.572, 1.155, 9, 32, 16.6)}
+REPORT_PHASES = {"uniform compression": 1, "differentiation": 8, "collapse": 23}  # the first epoch of each
 REPORT_RANKS = [[10, 10, 18, 24, 10, 10], [10, 10, 22, 23, 24, 22], [17, 14, 15, 20, 17, 27], [10, 13, 11, 25, 18, 32],
                 [11, 10, 10, 22, 13, 27], [9, 10, 11, 23, 14, 26]]
 
@@ -172,7 +173,8 @@ def read_logs(paths, init_rank):
 # ---- Seeds of one configuration, and the phases of a run -------------------------------------------------------------
 
 OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command", "resume", "overwrite", "device_name",
-              "versions", "leak_check", "ranks_from", "initial_ranks", "parameters", "factor_parameters"}
+              "dtype_reason", "versions", "leak_check", "ranks_from", "initial_ranks", "parameters",
+              "factor_parameters"}
 
 
 @dataclass
@@ -328,8 +330,8 @@ def rank_table(run):
 
 
 def report_tables(run):
-    """The report's tables beside this run's, with the differences: losses and ranks of the epochs that both have, and
-    the mean final ranks of the projections."""
+    """The report's tables beside this run's, with the differences: losses and ranks of the epochs that both have, where
+    the phases begin, and the mean final ranks of the projections."""
     def beside(name, ours, theirs, form):
         return [name, Cell(ours, form), Cell(theirs, form), Cell(None if ours is None else ours - theirs, f"+{form}")]
     epochs = {epoch["epoch"]: epoch for epoch in run.epochs}
@@ -340,6 +342,9 @@ def report_tables(run):
         beside(f"{number} {name}", epochs[number].get(key), theirs, form)
         for number, report in REPORT_TRAINING.items() if number in epochs
         for (name, key, form), theirs in zip(quantities, report, strict=True)])
+    begins = {name: phase[0]["epoch"] for name, phase in phases(run)}
+    yield Table(f"{run.name}_report_phases", f"Phases beside the report's, {run.name}: first epoch of each", [
+        "Phase", *header], [beside(name, begins.get(name), theirs, ".0f") for name, theirs in REPORT_PHASES.items()])
     if run.blocks():
         means = [projection_means(blocks) for blocks in (run.blocks(), REPORT_RANKS)]
         yield Table(f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
@@ -561,9 +566,40 @@ def final_ranks_figure(run):
     return figure
 
 
-def figures(runs, x="epoch"):
+def report_figure(run):
+    """Losses and ranks of a run, and the points that the report's Table 1 gives of its own."""
+    epochs = [epoch["epoch"] for epoch in run.epochs]
+    reported, points = [*REPORT_TRAINING], list(zip(*REPORT_TRAINING.values(), strict=True))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for key, place, label, style in (("val_loss", 1, "validation", "-"), ("train_loss", 0, "training", "--")):
+        color = f"C{1 - place}"
+        left.plot(epochs, [epoch[key] for epoch in run.epochs], style, color=color, label=f"{label} loss")
+        left.plot(reported, points[place], "o", color=color, markerfacecolor="white", label=f"{label} loss, report")
+    left.set(xlabel="epoch", ylabel="nats per token", title="Losses")
+    left.set_ylim(bottom=0)
+    if run.blocks():
+        at, ranks = history(run)
+        right.fill_between(at, ranks.min(1), ranks.max(1), color="C2", alpha=0.2, linewidth=0,
+                           label="lowest to highest")
+        right.plot(at, ranks.mean(1), color="C2", label="mean")
+    low, high, mean = points[2:]
+    right.errorbar(reported, mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o", color="black",
+                   markerfacecolor="white", capsize=3, linewidth=1, label="report: mean, lowest to highest")
+    right.set(xlabel="epoch", ylabel="rank", title="Ranks of the layers")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.axvline(REPORT_PHASES["collapse"], color="gray", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.suptitle(f"{run.title}, beside the report's run (dotted: the first epoch of its collapse)", fontsize=11)
+    return figure
+
+
+def figures(runs, x="epoch", report=False):
     """-> {file name without its ending: figure}"""
     made = {"losses": losses_figure(grouped(runs), x)}
+    if report:
+        made |= {f"{run.name}_report": report_figure(run) for run in runs}
     for run in (run for run in runs if run.blocks()):
         made |= {f"{run.name}_ranks": ranks_figure(run), f"{run.name}_heatmap": heatmap_figure(run),
                  f"{run.name}_final_ranks": final_ranks_figure(run)}
@@ -601,7 +637,7 @@ def main(argv=None):
                         help="folder of tables.md and the figures; default: figures/ beside the first log")
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")
     parser.add_argument("--x", choices=AXES, default="epoch", help="axis of the losses (default: epoch)")
-    parser.add_argument("--report", action="store_true", help="the report's Tables 1 and 2 beside those of each log")
+    parser.add_argument("--report", action="store_true", help="the report's own numbers beside those of each log")
     args = parser.parse_args(argv)
     out = args.out or args.logs[0].parent / "figures"
     try:
@@ -616,7 +652,7 @@ def main(argv=None):
         for table in (part for part in parts if isinstance(part, Table)):
             write_table(table, out)
         start_matplotlib()
-        for name, figure in figures(runs, args.x).items():
+        for name, figure in figures(runs, args.x, args.report).items():
             save(figure, out / name)
             print(out / f"{name}.png")
         print(out / "tables.md")

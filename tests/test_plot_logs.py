@@ -239,7 +239,7 @@ def test_the_reports_tables_beside_the_reports_own_log_differ_by_nothing(report,
     first = [line.split("|") for line in said[1].splitlines() if "Loss" in line or " R " in line]
     assert len(first) == 7 * 5
     assert all(ours.strip() == theirs.strip() and float(difference) == 0 for _, _, ours, theirs, difference, _ in first)
-    assert [cells(said[2], name)[1:] for name in ("Q", "O", "all")] == [
+    assert [cells(said[3], name)[1:] for name in ("Q", "O", "all")] == [
         ["11.2", "11.2", "+0.0"], ["22.8", "22.8", "+0.0"], ["16.6", "16.6", "+0.0"]]
 
 
@@ -249,6 +249,16 @@ def test_the_reports_tables_stand_beside_a_log_of_another_shape(tmp_path, capsys
     assert cells(said, "5 Val Loss")[1:] == ["5.000", "6.167", "-1.167"]
     assert "10 Val Loss" not in said
     assert cells(said.split("Table 2 beside")[1], "O")[1:] == ["8.0", "22.8", "-14.8"]
+    assert (tmp_path / "figures" / "log_report.png").stat().st_size > 10_000
+
+
+def test_the_first_epoch_of_each_phase_stands_beside_the_reports(tmp_path):
+    losses = [7, 6.95, 6.9, 3, 2]
+    path = write(tmp_path / "log.jsonl", *logged(losses, lambda epoch: [64 - epoch] * 6))
+    _, table, _ = plot_logs.report_tables(plot_logs.read_log(path, "log", 64))
+    assert [[str(cell) for cell in row] for row in table.rows] == [
+        ["uniform compression", "1", "1", "+0"], ["differentiation", plot_logs.DASH, "8", plot_logs.DASH],
+        ["collapse", "4", "23", "-19"]]
 
 
 def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):

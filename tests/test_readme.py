@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from statistics import median
 
 import pytest
 
@@ -43,13 +44,16 @@ def test_the_causal_reference_runs_stay_above_the_floor_and_the_other_ends_far_b
         assert losses[-1] < floor / 2 if name == "v10_bidirectional" else min(losses) > floor
 
 
-def test_the_start_on_real_text_is_told_as_logged():
-    log = DEMO.parent / "wikitext2_start" / "v10.jsonl"
-    epochs = records(log, "epoch")
-    assert ", ".join(f"{epoch['val_loss']:.3f}" for epoch in epochs) in " ".join(README.split())
-    assert f"{max(epoch['peak_memory_mb'] for epoch in epochs) / 1000:.1f} GB" in README
-    seconds = [epoch["train_sec"] / 20 for epoch in epochs]
-    assert f"took {min(seconds):.0f} to {max(seconds):.0f} seconds each" in README
+def test_the_start_on_real_text_is_told_as_logged_and_does_not_depend_on_the_dtype():
+    logs = [DEMO.parent / "wikitext2_start" / f"{name}.jsonl" for name in ("v10", "v10_bfloat16")]
+    readme, runs = " ".join(README.split()), [records(log, "epoch") for log in logs]
+    for log, epochs, dtype in zip(logs, runs, ("float32", "bfloat16"), strict=True):
+        assert records(log, "run")[0]["dtype"] == dtype
+        assert ", ".join(f"{epoch['val_loss']:.3f}" for epoch in epochs) + f" in {dtype}" in readme
+    assert f"in {max(epoch['peak_memory_mb'] for epoch in runs[0]) / 1000:.1f} GB" in readme
+    for ours, theirs in zip(*runs, strict=True):
+        assert theirs["val_loss"] == pytest.approx(ours["val_loss"], abs=0.01)
+        assert theirs["rank_avg"] == pytest.approx(ours["rank_avg"], abs=1)
 
 
 def test_the_controller_replays_the_reference_logs():
@@ -59,7 +63,11 @@ def test_the_controller_replays_the_reference_logs():
 
 
 def test_its_speed_is_what_bench_measured():
-    assert bench.section(json.loads((DEMO.parent / "bench.json").read_text())) in README
+    results = json.loads((DEMO.parent / "bench.json").read_text())
+    assert bench.section(results) in README
+    floors = [median(taken["floor"]["seconds"] for taken in results["dtypes"][dtype]["rounds"])
+              for dtype in ("float32", "bfloat16")]
+    assert f"a large product is {floors[0] / floors[1]:.1f} times as fast in bfloat16" in README
 
 
 def test_its_kills_are_those_of_the_soak_and_nothing_was_lost():

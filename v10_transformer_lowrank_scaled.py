@@ -37,6 +37,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,18 +76,22 @@ TRY = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # where trainin
 
 # ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
 
-def read_words(path):
-    """-> (whitespace-separated words, SHA-256 of the file). Raises UserError for what is not readable UTF-8 text."""
+def read_words(path, tokenize="words"):
+    """-> (the text's words, characters or bytes, SHA-256 of the file): whitespace-separated words, or each character
+    or byte, a byte as the character of that number. Raises UserError for what is not readable UTF-8 text; bytes may be
+    anything."""
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark
+        text = data.decode("latin-1" if tokenize == "bytes" else "utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: its byte {error.start} cannot be decoded") from None
-    if b"\0" in data:
+    if b"\0" in data and tokenize != "bytes":
         raise UserError(f"{path} is not text: its byte {data.index(0)} is zero")
-    return text.split(), hashlib.sha256(data).hexdigest()
+    if tokenize != "bytes":
+        text = text.removeprefix("\ufeff")  # a byte order mark
+    return text.split() if tokenize == "words" else list(text), hashlib.sha256(data).hexdigest()
 
 
 def encode(words, vocabulary):
@@ -95,18 +100,26 @@ def encode(words, vocabulary):
     unknown = index.get("<unk>")
     tokens = [index.get(word, unknown) for word in words]
     if unknown is None and None in tokens:
-        raise UserError(f"{words[tokens.index(None)]!r} is not in the training vocabulary, which has no <unk> for it")
+        word = words[tokens.index(None)]
+        raise UserError(f"{word[:40]!r} is not in the training vocabulary, which has no <unk> for it")
     return torch.tensor(tokens, dtype=torch.long)
 
 
-def load_corpus(path, val_fraction, block_size):
+def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
     """A text file -> (training tokens, validation tokens (N,), sorted vocabulary, SHA-256 of the file, entropy floor).
 
-    The floor is the loss of the true generator, from the sidecar of a synthetic corpus, else None. Raises UserError
-    where a part is shorter than a block and its last target.
+    Words that occur fewer than min_count times in the file become <unk>. The floor is the loss of the true generator,
+    from the sidecar of a synthetic corpus, else None. Raises UserError where a part is shorter than a block and its
+    last target.
     """
-    words, sha256 = read_words(path)
+    words, sha256 = read_words(path, tokenize)
+    if min_count > 1:
+        count = Counter(words)
+        words = [word if count[word] >= min_count else "<unk>" for word in words]
     vocabulary = sorted(set(words))
+    if tokenize == "words" and len(vocabulary) > len(words) / 2 and words:
+        say(f"*** {len(vocabulary):,} of the {len(words):,} words of {path} are distinct: if this is a text without "
+            "spaces, --tokenize chars fits it better")
     train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
     for name, part in (("training", train), ("validation", val)):
         if len(part) <= block_size:
@@ -116,7 +129,7 @@ def load_corpus(path, val_fraction, block_size):
         raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = (sidecar["sha256"], sidecar["val_fraction"]) == (sha256, val_fraction)
+        known = (sidecar["sha256"], sidecar["val_fraction"], tokenize, min_count) == (sha256, val_fraction, "words", 1)
         floor = sidecar["entropy_floor"] if known and math.isfinite(sidecar["entropy_floor"]) else None
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         floor = None  # no sidecar, or a file that is something else
@@ -248,12 +261,6 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
             parameter.data = value.to(parameter.device)
             parameter.grad = None
 
-    def to_dense(self):
-        """The nn.Linear with weight U V, for use elsewhere."""
-        dense = nn.Linear(self.shape[1], self.shape[0], bias=False, device=self.U.device)
-        dense.weight.data = (self.U @ self.V).detach()
-        return dense
-
 
 def by_columns(matrix):
     """The same matrix, in memory column by column."""
@@ -310,6 +317,7 @@ class GPTConfig:
     block_size: int = 256
     attention: str = "causal"
     dropout: float = 0.0
+    tokenize: str = "words"
 
 
 def attention(q, k, v, causal, dropout):
@@ -427,14 +435,23 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.n_layers))
 
-    def forward(self, tokens, targets=None):
+    def features(self, tokens):
+        """(B, T) -> (B, T, C), what the head sees."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
             x = self.drop(self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]])  # (B, T, C)
             for block in self.blocks:
                 x = block(x)
-            x = self.norm(x)
-            if targets is None:
-                return self.head(x).float()  # (B, T, V)
+            return self.norm(x)
+
+    def logits(self, x):
+        """(B, T, C) -> (B, T, V) in float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.head(x).float()
+
+    def forward(self, tokens, targets=None):
+        x = self.features(tokens)
+        if targets is None:
+            return self.logits(x)
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
                                         torch.bfloat16 if self.bfloat16 else x.dtype, torch.is_grad_enabled())
 
@@ -464,10 +481,16 @@ def leak_check(model):
     for row, t in enumerate(last_kept, start=1):
         tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
     model.eval()
-    original, *changed = model(tokens.remainder(n_words).to(device))  # (T, V) each
+    x = model.features(tokens.remainder(n_words).to(device))  # (4, T, C)
+    change = largest = 0.0
+    tile = max(1, LOGITS_BYTES // (16 * n_words))  # positions: with a large vocabulary not all logits fit at once
+    for i in range(0, T, tile):
+        original, *changed = model.logits(x[:, i:i + tile])  # (tile, V) each
+        largest = max(largest, original.abs().max().item())
+        change = max([change, *((logits - original)[:t + 1 - i].abs().max().item()
+                                for logits, t in zip(changed, last_kept, strict=True) if i <= t)])
     model.train()
-    change = max((logits - original)[:t + 1].abs().max().item() for logits, t in zip(changed, last_kept, strict=True))
-    change /= original.abs().max().item()
+    change /= largest
     return {"leaks": change > (1e-3 if model.bfloat16 else 1e-5), "max_change": change}
 
 
@@ -553,25 +576,38 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
 
 # ---- Safety: interruptions, the log, checkpoints, numbers ------------------------------------------------------------
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if hasattr(signal, name)]  # Ctrl-C, a batch system or a launcher, a closed terminal, a scheduler's warnings
+
+
+def handle(handler):
+    """Give all SIGNALS a handler but those that the process has to ignore, as under nohup -> {signal: the old one}."""
+    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
 @contextlib.contextmanager
 def noted_signals():
-    """Within it, the first Ctrl-C or SIGTERM is only noted, in the list that it yields; a second one ends the process
-    at once, by the system's own hand."""
-    received = []
+    """Within it a signal is only noted, in the list that it yields, so that the step can end and be saved. A signal may
+    come several times, from a batch system and from a launcher, Ctrl-C too: only a Ctrl-C that comes a second or more
+    after the first signal is impatience, and ends the process at once, by the system's own hand."""
+    received, times = [], []
 
     def note(number, frame):
+        times.append(time.monotonic())
+        if number == signal.SIGINT and times[-1] - times[0] >= 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not received and process() == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving after this step, then stopping; another Ctrl-C stops at once\n")
         received.append(number)
-        for known in handlers:
-            signal.signal(known, signal.SIG_DFL)
-        if process() == 0:
-            os.write(2, b"\nsaving after this step, then stopping; once more stops at once\n")
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = handle(note)
     try:
         yield received
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, (lambda *_: None) if received else handler)  # main() puts the old ones back
 
 
 @contextlib.contextmanager
@@ -593,37 +629,34 @@ class Files(NamedTuple):
 
     @classmethod
     def named(cls, args, *data):
-        """As the flags have it. Raises UserError where a name is none, a folder's, or that of a `data` file."""
+        """As the flags have it; beside a checkpoint that is a link, the other ones lie where it points to. Raises
+        UserError where a name is none, a folder's, or that of a `data` file."""
         for flag, name in (("--log-file", args.log_file), ("--checkpoint", args.checkpoint)):
             if name is not None and not Path(name).name:
                 raise UserError(f"{flag} needs the name of a file")
-        last = Path(args.checkpoint or Path(args.log_file).with_suffix(".pt"))
-        files = cls(Path(args.log_file), last, *(last.with_suffix(kind + last.suffix) for kind in (".prev", ".best")))
-        for path in (path for path in files if path.is_dir()):
-            raise UserError(f"cannot write {path}: Is a directory")
+        log = Path(args.log_file)
+        last = Path(args.checkpoint or log.with_name(log.name.removesuffix(".jsonl") + ".pt"))
+        if not args.checkpoint and args.resume and log.exists() and not last.exists():
+            last = log.with_suffix(".pt") if log.with_suffix(".pt").exists() else last  # its name in older versions
+        last = Path(os.path.realpath(last)) if last.is_symlink() else last
+        files = cls(log, last, *(last.with_suffix(kind + last.suffix) for kind in (".prev", ".best")))
+        for path in files:
+            if path.exists() and not path.is_file() or Path("/dev") in path.absolute().parents:
+                raise UserError(f"cannot write {path}: " + ("Is a directory" if path.is_dir() else "not a plain file"))
         if len({path.resolve() for path in (*files, *data)}) < len((*files, *data)):
             raise UserError("--log-file, --checkpoint and the data need different names")
         return files
 
     def claim(self, held):
-        """Lock the log, made where there is none, until the ExitStack `held` ends, or the process, however it does.
-        Raises UserError where another run has it, where it is no log, or where a file cannot be written."""
-        with writing(self.log):
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            log = held.enter_context(open(self.log, "a+b"))
-        try:
-            if fcntl:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {self.log}: wait for it, or choose another --log-file") from None
-        except OSError:  # a file system without locks
-            pass
-        held.callback(lambda: self.log.is_file() and not self.log.stat().st_size and self.log.unlink())  # never began
+        """Lock the log and the checkpoint until the ExitStack `held` ends, or the process, however it does. Raises
+        UserError where another run has one, where the log is none, or where a file cannot be written."""
+        log = lock(self.log, held, self.log)
         log.seek(0)
         if not b'{"kind": "run"'.startswith(log.read(14)):
             raise UserError(f"{self.log} is not a log of this suite: choose another --log-file")
+        for path in (self.last, self.previous, self.best):  # each of them: c.pt is the best of one, the last of another
+            lock(path.with_name(path.name + ".lock"), held, path)
         with writing(self.last):
-            self.last.parent.mkdir(parents=True, exist_ok=True)
             temporary(self.last).touch()
             for path in (self.last, self.best):
                 temporary(path).unlink(missing_ok=True)
@@ -636,6 +669,35 @@ class Files(NamedTuple):
                 path.unlink(missing_ok=True)
             if self.log.stat().st_size:
                 os.truncate(self.log, checkpoint["log_bytes"] if checkpoint else 0)
+
+
+def lock(path, held, name):
+    """Open a file, made if there is none, and lock it until the ExitStack `held` ends, which removes it if it is empty
+    -> the open file. Raises UserError if another run has locked it, which then is writing the file `name`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(9):  # the run that held it may just be removing it
+            file = open(path, "a+b")
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UserError(f"another run is writing {name}: wait for it, or choose another --log-file or "
+                                "--checkpoint") from None
+            except OSError:  # a file system without locks
+                pass
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+            file.close()
+    held.enter_context(file)
+
+    def remove():
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            if not path.stat().st_size:
+                path.unlink()
+    held.callback(remove)
+    return file
 
 
 def temporary(path):
@@ -716,8 +778,9 @@ def load(path):
     raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
 
 
-def resume_point(args, settings, files):
-    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
+def resume_point(args, settings, defaults, files):
+    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None.
+    `defaults` are the flags' and count for those that an older checkpoint does not know."""
     log, last, previous, _ = files
     found = [path for path in files if path.exists() and path.stat().st_size]
     if not args.resume:
@@ -726,9 +789,14 @@ def resume_point(args, settings, files):
                             "--log-file NAME writes elsewhere")
         return None
     if not found:
-        raise UserError(f"nothing to resume: there is no {log} and no {last}")
+        say(f"nothing to resume yet, there is no {log} and no {last}: starting")
+        return None
     if last not in found and previous not in found:
-        say(f"{log} has no checkpoint yet: starting over")
+        epochs = sum(line.startswith(b'{"kind": "epoch"') for line in log.read_bytes().splitlines())
+        if epochs or found != [log]:
+            raise UserError(f"{log} has {epochs} finished epochs, but there is no checkpoint {last} to go on from: "
+                            "--checkpoint names another one, --overwrite starts over")
+        say(f"{log} has no checkpoint and no finished epoch yet: starting over")
         return None
     if last not in found:  # a crash between two renames, or the user's choice
         say(f"{last} is missing: going on from the one before it, {previous}")
@@ -743,19 +811,24 @@ def resume_point(args, settings, files):
         raise error from None
     if "settings" not in checkpoint:
         raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
+    old = defaults | checkpoint["settings"]
     free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
-            *["dtype"] * (args.dtype == "auto"))  # the checkpoint's, whatever would be chosen now
-    changed = [f"{name} was {checkpoint['settings'].get(name)} and is now {value}" for name, value in settings.items()
-               if name not in free and value != checkpoint["settings"].get(name)]
+            "device", "processes", *["dtype"] * (args.dtype == "auto"), *["grad_accum"] * (args.grad_accum is None))
+    changed = [f"{name} was {old[name]} and is now {value}" for name, value in settings.items()
+               if name not in free and value != old[name]]
     if changed:
-        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs and "
-                        "--checkpoint-minutes may change")
+        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs, "
+                        "--checkpoint-minutes, the device and the number of processes may change")
     if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
         raise UserError(f"{last} is already past --epochs {args.epochs}")
     if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
         raise UserError(f"{log} is missing, or shorter than when {last} was written")
-    if args.lr_schedule == "cosine" and args.epochs != checkpoint["settings"]["epochs"]:
+    if args.lr_schedule == "cosine" and args.epochs != old["epochs"]:
         say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
+    for name, what in (("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}")):
+        if settings[name] != old[name]:
+            say(f"*** going on {what.format(settings[name], old[name])}: the run is no longer bit for bit the one that "
+                "was never interrupted")
     return checkpoint
 
 
@@ -789,20 +862,36 @@ def load_model(path):
 
 
 @torch.no_grad()
-def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0):
-    """Continue a text by n_tokens sampled words -> the whole text. Unknown words become <unk>.
+def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0, top_k=None):
+    """Continue a text by n_tokens sampled tokens -> the whole text; greedily at temperature 0, else from the top_k
+    likeliest (all by default). Unknown words become <unk>. Raises UserError for what makes no sense.
 
     A bidirectional model has learnt to copy what comes next; with nothing there, its words mean nothing.
     """
-    tokens = encode(text.split(), vocabulary)[None].to(model.head.weight.device)  # (1, T)
+    kind = model.config.tokenize
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature {temperature} is not a number of 0 or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k {top_k} is not 1 or more")
+    text = text.encode("utf-8").decode("latin-1") if kind == "bytes" else text
+    tokens = encode(text.split() if kind == "words" else list(text), vocabulary)[None].to(model.head.weight.device)
     if not tokens.numel():
-        raise UserError("generate needs at least one word to continue")
+        raise UserError("generate needs at least one token to continue")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n_tokens):
-        logits = model(tokens[:, -model.config.block_size:])[:, -1]  # (1, V)
-        word = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)
+        logits = model(tokens[:, -model.config.block_size:])[:, -1].cpu()  # (1, V)
+        best, words = logits.topk(min(top_k or len(vocabulary), len(vocabulary)) if temperature else 1)
+        p = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)
+        word = words.gather(1, torch.multinomial(p, 1, generator=generator))
         tokens = torch.cat([tokens, word.to(tokens.device)], dim=1)
-    return " ".join(vocabulary[i] for i in tokens[0])
+    text = (" " if kind == "words" else "").join(vocabulary[i] for i in tokens[0])
+    return text.encode("latin-1").decode("utf-8", errors="replace") if kind == "bytes" else text
+
+
+def dense_weights(model):
+    """{name: W (m, n)} of the linear layers, for use elsewhere: the product U V where a layer is factored."""
+    return {name: layer.weight.detach() if isinstance(layer, nn.Linear) else (layer.U @ layer.V).detach()
+            for name, layer in model.linears().items()}
 
 
 # ---- Evaluation, time and memory -------------------------------------------------------------------------------------
@@ -882,6 +971,34 @@ class Progress:
             say(f"  step {self.bar.total - self.left:,}/{self.bar.total:,}: {status}; about {time_left} to go")
 
 
+class Screen:
+    """A stream to a screen. What it no longer takes is dropped: a closed terminal, or a full disk, ends no training."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python has none where it was closed from the start
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")  # letters that it does not have
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def screens():
+    """Within it nothing ends because a screen is gone."""
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        yield
+
+
 def say(text):
     if process() == 0:
         tqdm.write(text, file=sys.stdout)
@@ -923,11 +1040,15 @@ def once(action):
 
 
 def leave(code):
-    """sys.exit(code). One of several processes skips the interpreter's own end: DistributedDataParallel keeps gloo's
-    threads alive past destroy_process_group, and one that lets go of a tensor only then aborts (pytorch#179291)."""
+    """sys.exit(code), also where the screen is gone. One of several processes skips the interpreter's own end:
+    DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and one that lets go of a tensor only
+    then aborts (pytorch#179291)."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # Python would try again, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_torchelastic_launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -1073,11 +1194,11 @@ def train(args, prog, command, held, linear=None):
     stays locked as long as the ExitStack `held`."""
     # 1) whatever is wrong with the request is found before any long work
     device = pick_device(args.device)
-    args.grad_accum = args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
     files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
-    train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size)
-    tests = [encode(read_words(path)[0], vocabulary).to(device) for path in tests]
+    train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size,
+                                                                         args.tokenize, args.min_count)
+    tests = [encode(read_words(path, args.tokenize)[0], vocabulary).to(device) for path in tests]
     initial = [getattr(args, "init_rank", None)] * 6 * args.n_layers
     if args.ranks_from and not args.resume:  # a checkpoint has its own
         initial = final_ranks(Path(args.ranks_from), 6 * args.n_layers)
@@ -1088,11 +1209,15 @@ def train(args, prog, command, held, linear=None):
         "script": prog, "command": command, "processes": processes(), "device": device.type,
         "data_file": data.name, "data_sha256": sha256,
         "test_file": args.test_file and Path(args.test_file).name, "log_file": files.log.name,
+        "grad_accum": args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device),
         "ranks_from": args.ranks_from and Path(args.ranks_from).name, "checkpoint": files.last.name}
     once(lambda: files.claim(held))
-    checkpoint = resume_point(args, settings, files)
+    checkpoint = resume_point(args, settings, vars(build_parser(prog, linear is None).parse_args([])), files)
+    moved = checkpoint and any(checkpoint["settings"][name] != settings[name] for name in ("device", "processes"))
+    if checkpoint and not args.grad_accum and not moved:
+        settings["grad_accum"] = checkpoint["settings"]["grad_accum"]
     dtype_reason = "as --dtype asks"
-    if args.dtype == "auto" and checkpoint:
+    if args.dtype == "auto" and checkpoint and checkpoint["settings"]["device"] == device.type:
         settings["dtype"], dtype_reason = checkpoint["settings"]["dtype"], "as the run began"
     elif args.dtype == "auto":
         settings["dtype"], dtype_reason = once(lambda: choose_dtype(device, args.d_model))
@@ -1108,7 +1233,7 @@ def train(args, prog, command, held, linear=None):
         model = build_model(checkpoint, linear)
     else:
         config = GPTConfig(len(vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
-                           args.block_size, args.attention, args.dropout)
+                           args.block_size, args.attention, args.dropout, args.tokenize)
         ranks = iter(initial)
         model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))))
     model.to(device).bfloat16 = settings["dtype"] == "bfloat16"
@@ -1120,17 +1245,21 @@ def train(args, prog, command, held, linear=None):
         RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
                        min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
     generators = {name: torch.Generator().manual_seed(args.seed + i) for i, name in ((2, "batch"), (3, "rank"))}
-    torch.manual_seed(args.seed + 1 + 1_000_003 * process())  # from here on dropout's: each process has its own
+    state = checkpoint["state"] if checkpoint else {
+        "step": 0, "seconds": 0.0, "epochs": [], "ema": [float(rank) for rank in model.ranks()],
+        "part": NEW_EPOCH | {"loss_sum": [0.0]}}
+    torch.manual_seed(args.seed + 1 + 1_000_003 * process() + state["step"])  # from here on dropout's: each has its own
     dropout_rng = torch if device.type == "cpu" else torch.get_device_module(device)
     if checkpoint:
-        state = checkpoint["state"]
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # if this device has it
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, generator in generators.items():
             generator.set_state(checkpoint["generators"][name])
-        dropout_rng.set_rng_state(checkpoint["dropout_states"][process()])
-    else:
-        state = {"step": 0, "seconds": 0.0, "epochs": [], "ema": [float(rank) for rank in model.ranks()],
-                 "part": NEW_EPOCH | {"loss_sum": [0.0] * processes()}}
+        if not moved:
+            dropout_rng.set_rng_state(checkpoint["dropout_states"][process()])
+    loss_sums = state["part"]["loss_sum"]  # of each process: their mean is that of the whole batch
+    loss_sum = loss_sums[process()] if len(loss_sums) == processes() else fmean(loss_sums)
 
     # 3) the leak check, and the log, which begins with a record of the run
     try:
@@ -1144,7 +1273,7 @@ def train(args, prog, command, held, linear=None):
     once(lambda: files.make_way(checkpoint))
     if checkpoint:
         write_record(files.log, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
-                     epochs=args.epochs, command=command)
+                     epochs=args.epochs, device=device.type, processes=processes(), command=command)
     else:  # where --resume had to start over, the record is that of a run which was only started
         write_record(files.log, "run", **settings | {"resume": False, "command": command.replace(" --resume", "")},
                      device_name=device_name(device), dtype_reason=dtype_reason,
@@ -1156,11 +1285,27 @@ def train(args, prog, command, held, linear=None):
                      leak_check=leak, entropy_floor=floor)
     say(f"{prog}: {count_parameters(model):,} parameters, {count_parameters(*layers):,} of them in {len(layers)} "
         f"linear layers; {settings['dtype']} ({dtype_reason}) on {device_name(device)}"
-        + f", {processes()} processes" * (processes() > 1) + f", {args.grad_accum} parts a step" * (args.grad_accum > 1)
+        + f", {processes()} processes" * (processes() > 1)
+        + f", {settings['grad_accum']} parts per step" * (settings["grad_accum"] > 1)
         + f"\n{data.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
         f"{len(vocabulary):,} words" + (f", entropy floor {floor:.3f}" if floor else ""))
     if leak["leaks"]:
         say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
+
+    def keep(best=False):
+        """Write the last checkpoint, and that of the best model if this is it."""
+        content = {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(), "vocabulary": vocabulary,
+                   "model": model.state_dict()}
+        dropout_states = gather(dropout_rng.get_rng_state())
+        if best:
+            save(files.best, content)
+        save(files.last, content | {
+            "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
+            "optimizer": optimizer.state_dict(), "dropout_states": dropout_states,
+            "generators": {name: generator.get_state() for name, generator in generators.items()}}, files.previous)
+
+    if not checkpoint:  # from here on --resume has one: a disk that has no room is found before the work
+        keep()
 
     # 4) train; at the end of an epoch: evaluate, update the ranks, write a record, write the checkpoints
     train_tokens, val_tokens = train_tokens.to(device), val_tokens.to(device)
@@ -1168,7 +1313,7 @@ def train(args, prog, command, held, linear=None):
     began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
     trained = parallel(model)
     progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
-    epochs, part = state["epochs"], state["part"] | {"loss_sum": state["part"]["loss_sum"][process()]}
+    epochs, part = state["epochs"], state["part"] | {"loss_sum": loss_sum}
     start, saved = now(device) - part["time_sec"], time.monotonic()
     with noted_signals() as signals, progress.bar:
         for step in range(state["step"] + 1, total + 1):
@@ -1177,7 +1322,8 @@ def train(args, prog, command, held, linear=None):
                 group["lr"] = learning_rate(step - 1, args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, generators["batch"])  # same everywhere
             share = (x.chunk(processes())[process()] for x in batch)
-            part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, args.grad_accum, part["loss_sum"])
+            part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, settings["grad_accum"],
+                                          part["loss_sum"])
             progress.step(lambda: f"loss {part['loss_sum'].item() / ((step - 1) % steps + 1):.3f}"  # noqa: B023
                           + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
             if not (updates or ends or step % 10 == 0 or device.type != "cuda"):
@@ -1214,21 +1360,13 @@ def train(args, prog, command, held, linear=None):
                 write_record(files.log, "epoch", **record)
                 epochs.append(record)
             late = time.monotonic() - saved > 60 * args.checkpoint_minutes
-            stop = max(gather(signals[0] if signals else int(late)))
+            stop = max(gather(128 + signals[0] if signals else int(late)))
             if not ends and not stop:
                 continue
             part = dict(NEW_EPOCH) if ends else part | {"loss_sum": loss_sum, "time_sec": now(device) - start}
             state |= {"step": step, "seconds": time.perf_counter() - began,
                       "part": part | {"loss_sum": gather(part["loss_sum"])}}
-            content = {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(),
-                       "vocabulary": vocabulary, "model": model.state_dict()}
-            dropout_states = gather(dropout_rng.get_rng_state())
-            if ends and best_epoch(epochs) is record:
-                save(files.best, content)
-            save(files.last, content | {
-                "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
-                "optimizer": optimizer.state_dict(), "dropout_states": dropout_states,
-                "generators": {name: generator.get_state() for name, generator in generators.items()}}, files.previous)
+            keep(best=ends and best_epoch(epochs) is record)
             if ends:
                 say(f"epoch {epoch:3}/{args.epochs}  train {record['train_loss']:.3f}  val {val_loss:.3f}  "
                     f"ppl {record['val_ppl']:.1f}"
@@ -1236,7 +1374,7 @@ def train(args, prog, command, held, linear=None):
                     + f"  {record['params_millions']:.2f}M parameters  {time_sec:.1f} s"
                     + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
             if stop > 1 and step < total:
-                raise KeyboardInterrupt(128 + stop, f"interrupted; step {step:,} of {total:,} is saved in "
+                raise KeyboardInterrupt(stop, f"interrupted; step {step:,} of {total:,} is saved in "
                                         f"{files.last}: the same command with --resume goes on from there")
             start, saved = now(device) - part["time_sec"], time.monotonic()
 
@@ -1292,11 +1430,17 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     """The flags, grouped; a dense variant has no rank control."""
     parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description="Trains a GPT" + " whose linear layers find their own ranks" * low_rank + ".")
+    path = os.path.expanduser  # a shell expands no ~ in --flag=~/name
     count, positive, fraction = number(int, least=1), number(float, above=0), number(float, least=0, below=1)
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-file", default=DEFAULT_DATA, help="text to train on; a bare name is looked for here, then in data/")
+    flag("--data-file", type=path, default=DEFAULT_DATA,
+         help="text to train on; a bare name is looked for here, then in data/")
+    flag("--tokenize", choices=("words", "chars", "bytes"), default="words",
+         help="what a token is: a word between spaces, a character, or a byte")
+    flag("--min-count", type=count, default=1, help="words that occur less often in the text become <unk>")
     flag("--val-fraction", type=number(float, above=0, below=1), default=0.01, help="share held out at the end")
-    flag("--test-file", help="one more held-out text, evaluated at the end on the best and the last checkpoint")
+    flag("--test-file", type=path,
+         help="one more held-out text, evaluated at the end on the best and the last checkpoint")
     flag = parser.add_argument_group("model").add_argument
     flag("--d-model", type=count, default=GPTConfig.d_model, help="width")
     flag("--n-layers", type=number(int, least=1, below=1000), default=GPTConfig.n_layers, help="blocks")
@@ -1310,7 +1454,8 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
         group = parser.add_argument_group("ranks")
         start, flag = group.add_mutually_exclusive_group().add_argument, group.add_argument
         start("--init-rank", type=count, default=64, help="rank of every layer at the start")
-        start("--ranks-from", metavar="LOG", help="each layer starts at the rank that it has at the end of this log")
+        start("--ranks-from", type=path, metavar="LOG",
+              help="each layer starts at the rank that it has at the end of this log")
         flag("--min-rank", type=count, default=RankController.min_rank, help="smallest rank")
         flag("--max-rank", type=count, help="largest rank; by default the smaller side of each matrix")
         flag("--fixed-rank", action="store_true", help="ranks stay as they start")
@@ -1342,11 +1487,12 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
          help="of the products; auto: bfloat16 on CUDA if native, and on a CPU if at least twice as fast")
     flag = parser.add_argument_group("files").add_argument
-    flag("--log-file", default=log_file, help="JSON Lines, one record an epoch")
-    flag("--checkpoint", help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
+    flag("--log-file", type=path, default=log_file, help="JSON Lines, one record per epoch")
+    flag("--checkpoint", type=path,
+         help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
     flag("--checkpoint-minutes", type=positive, default=10.0, help="minutes between checkpoints inside an epoch")
-    flag("--resume", action="store_true", help="go on from the last checkpoint; only --epochs and "
-         "--checkpoint-minutes may differ")
+    flag("--resume", action="store_true", help="go on from the last checkpoint, if there is one, else start; --epochs, "
+         "--checkpoint-minutes, the device and the number of processes may differ")
     flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
     return parser
 
@@ -1384,21 +1530,38 @@ LEFT = "interrupted; --resume goes on from the last checkpoint, where there is o
 
 
 def stop(number, frame):
-    """SIGTERM's handler where nothing has to be saved: as Ctrl-C."""
+    """The handler of SIGNALS where nothing has to be saved."""
     raise KeyboardInterrupt(128 + number, LEFT)
 
 
 def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_file="logs/v10.jsonl"):
     """Run a command line -> exit code. `linear(n, m)` takes the place of factored layers and rank control (v7)."""
+    argv = sys.argv[1:] if argv is None else argv
+    handlers = handle(stop)
+    try:
+        with screens():
+            return run(argv, prog, linear, log_file)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(argv, prog, linear, log_file):
+    """main() on a screen that may vanish."""
     def fail(message, code, everywhere=False):
+        handle(lambda *_: None)  # torchrun ends all processes once one has ended
+        message = message if len(message) <= 1000 else message[:500] + " ... " + message[-400:]
         if process() == 0 or everywhere:
-            print(f"{prog}: " + f"process {process()}: " * (processes() > 1) + message, file=sys.stderr)
-        else:  # all come to the same error of the user's; torchrun stops the others once one has ended
+            message = f"{prog}: " + f"process {process()}: " * (processes() > 1) + message
+            print(message, file=sys.stderr)
+            if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # so that torchrun's own report ends with it
+                with contextlib.suppress(OSError):
+                    Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": {
+                        "py_callstack": message, "timestamp": str(int(time.time()))}}}))
+        else:  # all come to the same error of the user's, and the others end with process 0
             time.sleep(1)
         return code
 
-    argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, stop)
     try:
         if dist.is_torchelastic_launched():
             dist.init_process_group()  # gloo between CPUs, NCCL between GPUs

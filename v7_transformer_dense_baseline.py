@@ -7,10 +7,15 @@ the dense matrices, and its factor parameters are theirs.
     python3 v7_transformer_dense_baseline.py                 the report's configuration, causal
     python3 v7_transformer_dense_baseline.py --help          v10's flags but those that control ranks
 """
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 
-import v10_transformer_lowrank_scaled as v10
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 
 class DenseLinear(nn.Linear):

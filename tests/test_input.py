@@ -36,6 +36,7 @@ FILES = {
     "bad8": LOG[:10] + b"\xff" + LOG[10:] + LOG, "begun": b'{"kind": "run"}\n', "twice": LOG + LOG,
     "words": LOG.replace(b"2", b'"2"') + LOG, "noranks": LOG.replace(b'"ranks"', b'"rank"') + LOG,
     "layers": b'{"kind": "run", "layers": null}\n' + LOG, "sha": b'{"kind": "run", "data_sha256": []}\n' + LOG,
+    "two": b'{"kind": "run"}\n' + LOG + b'{"kind": "run"}\n' + LOG,
     "other": b'{"kind": "run", "initial_ranks": [4,4,4,4,4,4,4,4,4,4,4,4]}\n' + LOG,
     "ranks": LOG.replace(b"[4", b"[17, 4, 4, 4, 4, 4, 4"),
     "dense": b'{"epoch": 1, "ranks": []}', "halves": b'{"epoch": 1, "ranks": [%s4.5]}' % (b"4, " * 11)}
@@ -44,7 +45,7 @@ FILES = {
 def flags(parser, zero_is_good):
     """A row for each numeric flag of a parser and each thing that is no such number."""
     for action in parser._actions:
-        if not action.type:
+        if action.type in (None, os.path.expanduser):
             continue
         whole = action.dest not in FLOATS
         name = action.option_strings[0]
@@ -83,7 +84,7 @@ OF_BOTH = [  # of v10 and of v7
     # where to write
     (["--log-file", "folder"], "folder: Is a directory"), (["--log-file", ""], "needs the name of a file"),
     (["--log-file", "/"], "needs the name of a file"), (["--log-file", "good/log.jsonl"], "cannot write good"),
-    (["--log-file", "good"], "need different names"), (["--log-file", "a.pt"], "need different names"),
+    (["--log-file", "good"], "need different names"), (["--checkpoint", "log.jsonl"], "need different names"),
     (["--log-file", "thesis", "--overwrite"], "thesis is not a log of this suite"),
     (["--log-file", "png", "--overwrite"], "png is not a log of this suite"),
     (["--log-file", "thesis"], "thesis is not a log"), (["--log-file", "x" * 300], "File name too long"),
@@ -92,7 +93,6 @@ OF_BOTH = [  # of v10 and of v7
     (["--checkpoint", "thesis"], "thesis exists: --resume continues its run"),
     (["--checkpoint", "folder", "--overwrite"], "folder: Is a directory"),
     # going on
-    (["--resume"], "nothing to resume: there is no log.jsonl and no log.pt"),
     (["--resume", "--overwrite"], "exclude each other"), (["--resume", "--log-file", "thesis"], "is not a log"),
     (["--resume", "--checkpoint", "thesis"], "thesis is not a checkpoint of this suite"),
     (["--resume", "--checkpoint", "png"], "png is not a checkpoint of this suite"),
@@ -138,7 +138,8 @@ OF_PLOT_LOGS = [
     (["begun"], "no epoch in it yet"), (["twice"], "twice:2: epoch 1 after epoch 1"),
     (["words"], 'train_loss should be a number, not "2"'), (["noranks"], "ranks should be a list of ranks"),
     (["layers"], "layers should be a list"), (["sha"], "data_sha256 should be a text"),
-    (["other"], "6 ranks, where the run began with 12"), (["log", "nowhere"], "nowhere: No such file"),
+    (["other"], "6 ranks, where the run began with 12"), (["begun", "nowhere"], "begun: no epoch in it yet"),
+    (["two"], "two:3: a second run begins here"),
     (["log", "--out", "good"], "cannot write good"), (["log", "--out", "good/figures"], "cannot write good/figures"),
     *((["log", f"--init-rank={value}"], "init-rank")
       for value in ("", "x", "0", "-1", "nan", "2.5", "9" * 30, "9" * 5000)),
@@ -268,8 +269,21 @@ def test_a_floor_that_is_no_number_is_none(text, floor):
 
 
 def test_a_generation_needs_a_word(run):
-    with pytest.raises(v10.UserError, match="at least one word"):
-        v10.generate(*v10.load_model(run("--epochs", 1).with_suffix(".pt")), "  ")
+    loaded = v10.load_model(run("--epochs", 1).with_suffix(".pt"))
+    with pytest.raises(v10.UserError, match="at least one token"):
+        v10.generate(*loaded, "  ")
+    for wrong in ({"temperature": -1}, {"temperature": float("inf")}, {"temperature": float("nan")}, {"top_k": 0}):
+        with pytest.raises(v10.UserError, match=next(iter(wrong))):
+            v10.generate(*loaded, "w1", **wrong)
+
+
+def test_a_message_stays_readable_whatever_the_input(text, run, capsys):
+    text.write_text("w" * 3_000_000 + " w1" * 3000)
+    (run.folder / "test").write_text("x" * 3_000_000 + " w1")
+    run("--test-file", run.folder / "test", code=2)
+    assert len(capsys.readouterr().err) < 2000
+    run("--log-file", "y" * 5000, code=2)
+    assert len(capsys.readouterr().err) < 2000
 
 
 def test_help_is_not_an_error():

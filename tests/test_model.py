@@ -36,7 +36,6 @@ def test_the_factors_start_with_the_reports_variances():
 def test_the_layer_computes_its_dense_product_and_derives_its_rank():
     layer, x = v10.LowRankLinearAdaptiveSpectral(7, 9, 4).double(), torch.randn(2, 3, 7, dtype=torch.float64)
     assert torch.allclose(layer(x), x @ (layer.U @ layer.V).T, atol=1e-14)
-    assert torch.allclose(layer.double().to_dense()(x), layer(x), atol=1e-14)
     layer.set_factors(layer.U.data[:, :2], layer.V.data[:2])
     assert layer.rank == 2
     assert list(layer.state_dict()) == ["U", "V"]
@@ -125,13 +124,13 @@ def test_generating_continues_the_text_and_is_set_by_the_seed():
     assert len(one.split()) == 33
     assert one == v10.generate(model, vocabulary, "w1 never-seen w2", n_tokens=30, seed=1)
     assert one != v10.generate(model, vocabulary, "w1 never-seen w2", n_tokens=30, seed=2)
-    with pytest.raises(v10.UserError, match="at least one word"):
+    with pytest.raises(v10.UserError, match="at least one token"):
         v10.generate(model, vocabulary, " ")
 
 
 def test_generating_coldly_takes_the_likeliest_word():
     model, vocabulary = small().eval(), [f"w{i}" for i in range(31)]
-    words = v10.generate(model, vocabulary, "w5 w9", n_tokens=1, temperature=1e-6).split()
+    words = v10.generate(model, vocabulary, "w5 w9", n_tokens=1, temperature=0).split()
     assert words[2] == vocabulary[model(torch.tensor([[5, 9]]))[0, -1].argmax()]
 
 
@@ -158,3 +157,40 @@ def test_attention_in_bfloat16_drops_as_much_as_it_is_told():
     y = v10.attention(q, k, v, False, 0.25) * 64  # of 64 equal probabilities a quarter is dropped, the others grow
     assert (y == 0).float().mean() == pytest.approx(0.25, abs=0.03)
     assert y.float().mean() == pytest.approx(1, abs=0.03)
+
+
+def test_top_k_leaves_only_the_likeliest_words():
+    torch.manual_seed(0)
+    model = v10.GPT(
+        v10.GPTConfig(30, 8, 1, 2, 16, 6), lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3))
+    vocabulary = [f"w{i}" for i in range(30)]
+    greedy = v10.generate(model, vocabulary, "w1 w2", n_tokens=20, temperature=0)
+    assert v10.generate(model, vocabulary, "w1 w2", n_tokens=20, temperature=5, top_k=1, seed=3) == greedy
+    likeliest = {vocabulary[i] for i in model(torch.tensor([[1, 2]]))[0, -1].topk(3).indices}
+    drawn = {v10.generate(model, vocabulary, "w1 w2", n_tokens=1, temperature=5, top_k=3, seed=seed).split()[-1]
+             for seed in range(60)}
+    assert drawn == likeliest
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_the_leak_check_never_holds_more_logits_than_a_tile(monkeypatch, attention):
+    torch.manual_seed(0)
+    model = v10.GPT(v10.GPTConfig(50, 8, 1, 2, 16, 12, attention),
+                    lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3))
+    whole = v10.leak_check(model)
+    assert whole["leaks"] == (attention == "bidirectional")
+    logits, seen = v10.GPT.logits, []
+    monkeypatch.setattr(v10.GPT, "logits", lambda *args: seen.append(logits(*args)) or seen[-1])
+    monkeypatch.setattr(v10, "LOGITS_BYTES", 5 * 16 * 50)
+    assert v10.leak_check(model)["max_change"] == pytest.approx(whole["max_change"], abs=1e-7)
+    assert [tuple(y.shape) for y in seen] == [(4, 5, 50), (4, 5, 50), (4, 2, 50)]
+
+
+def test_dense_weights_are_those_that_the_layers_compute_with():
+    for linear in (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3), v7.DenseLinear):
+        model = v10.GPT(v10.GPTConfig(30, 8, 2, 2, 16, 6), linear)
+        weights = v10.dense_weights(model)
+        assert list(weights) == list(model.linears())
+        for name, layer in model.linears().items():
+            x = torch.randn(5, layer.shape[1])
+            assert torch.allclose(layer(x), x @ weights[name].T, atol=1e-6)

@@ -79,6 +79,39 @@ def test_two_processes_train_as_one_does(run, text, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
+def test_a_run_goes_on_with_another_number_of_processes(run, text, tmp_path, monkeypatch, capsys):
+    flags = [*RESIZING, "--epochs", "4"]
+    straight, train_step, calls = run(*flags, name="straight"), v10.train_step, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:  # inside the first epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", stopped)
+        log = run(*flags, code=143)
+    both = two_processes(text, log, *flags, "--epochs", "2", "--resume")
+    (said, error), _ = (process.communicate() for process in both)
+    assert (both[0].returncode, error) == (0, "")
+    assert "going on with 2 processes instead of 1: the run is no longer bit for bit" in said
+    capsys.readouterr()
+    run(*flags, "--resume")
+    assert "going on with 1 processes instead of 2" in capsys.readouterr().out
+    assert_same_training(straight, log)
+    assert [record["processes"] for record in records(log, "resume")] == [2, 1]
+
+
+def test_a_run_goes_on_on_another_device(run, capsys):
+    log = run("--epochs", 2)
+    content = v10.load(log.with_suffix(".pt"))
+    content["settings"]["device"], content["dropout_states"] = "cuda", [torch.zeros(16, dtype=torch.uint8)]
+    v10.save(log.with_suffix(".pt"), content)
+    run("--resume")
+    assert "going on on cpu instead of cuda: the run is no longer bit for bit" in capsys.readouterr().out
+    assert len(records(log, "epoch")) == 4
+
+
 @pytest.mark.parametrize(("victim", "number", "dtype"), [
     (0, signal.SIGKILL, "float32"), (1, signal.SIGKILL, "bfloat16"), (1, signal.SIGTERM, "float32")])
 def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(text, tmp_path, victim, number, dtype):

@@ -1,10 +1,14 @@
 """What must not lose a run: crashes, signals, full disks, damaged files, a second run, numbers that are not finite."""
 import errno
+import fcntl
 import os
+import pty
 import random
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -105,26 +109,30 @@ def test_a_run_dies_and_goes_on_inside_an_epoch(run, straight, monkeypatch):
 
 def test_a_crash_while_an_old_run_is_overwritten_leaves_something_to_resume(run, straight, monkeypatch):
     expected = straight()
-    for n in range(1, 5):
+    for place, name, n in (*((v10.Path, "unlink", n) for n in range(1, 5)), (os, "truncate", 1)):
         log = run("--seed", 1, "--overwrite")
         with monkeypatch.context() as patch:
-            patch.setattr(v10.Path, "unlink", at_call(n, v10.Path.unlink, die))
+            patch.setattr(place, name, at_call(n, getattr(place, name), die))
             with pytest.raises(Killed):
                 run("--overwrite")
         before = log.read_bytes()
         if log.with_suffix(".pt").exists():  # the old run is whole
             run("--seed", 1, "--resume")
             assert log.read_bytes() == before
-        else:
-            run("--resume")
+        else:  # its log alone is there, and is not lost without a word
+            run("--resume", code=2)
+            assert log.read_bytes() == before
+            run("--overwrite")
             assert_same(log, expected)
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("moment", "call", "step"), [("train_step", 7, 7), ("evaluate", 2, 10), ("update_ranks", 2, 6),
-                                                      ("save", 1, 6)])
+@pytest.mark.parametrize(("number", "code", "moment", "call", "step"), [
+    (signal.SIGINT, 130, "train_step", 7, 7), (signal.SIGTERM, 143, "train_step", 7, 7),
+    (signal.SIGINT, 130, "evaluate", 2, 10), (signal.SIGTERM, 143, "update_ranks", 2, 6),
+    (signal.SIGHUP, 129, "train_step", 7, 7), (signal.SIGUSR1, 138, "evaluate", 2, 10),
+    (signal.SIGUSR2, 140, "update_ranks", 2, 6), (signal.SIGTERM, 143, "save", 2, 6)])
 def test_a_signal_saves_after_the_step_and_says_how_to_resume(run, straight, monkeypatch, capfd, number, code, moment,
                                                               call, step):
     flags = ["--rank-interval", 3, "--dropout", 0.1]
@@ -135,9 +143,9 @@ def test_a_signal_saves_after_the_step_and_says_how_to_resume(run, straight, mon
         log = run(*flags, code=code)
     said = capfd.readouterr().err
     assert f"step {step} of 20 is saved in {log.with_suffix('.pt')}: the same command with --resume goes on" in said
-    assert "once more stops at once" in said
+    assert "another Ctrl-C stops at once" in said
     assert v10.load(log.with_suffix(".pt"))["state"]["step"] == step
-    assert signal.getsignal(number) in (before, v10.stop)
+    assert signal.getsignal(number) == before
     run(*flags, "--resume")
     assert_same(log, expected)
 
@@ -147,17 +155,68 @@ def test_a_signal_in_the_last_step_lets_the_run_end(run, monkeypatch):
     assert records(run())[-1]["kind"] == "end"
 
 
-def test_a_second_signal_leaves_at_once(text, tmp_path):
+@pytest.mark.parametrize("numbers", [
+    [signal.SIGTERM] * 3, [signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1]])
+def test_a_signal_that_is_sent_several_times_saves_as_one_does(run, straight, monkeypatch, numbers):
+    def all_at_once():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", at_call(7, v10.train_step, all_at_once))
+        log = run(code=128 + numbers[0])
+    assert v10.load(log.with_suffix(".pt"))["state"]["step"] == 7
+    run("--resume")
+    assert_same(log, straight())
+
+
+def test_a_signal_that_the_process_is_told_to_ignore_stops_nothing(run, monkeypatch):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(v10, "train_step", at_call(7, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGHUP)))
+        assert records(run())[-1]["kind"] == "end"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_a_second_ctrl_c_leaves_at_once_but_not_within_a_second(text, tmp_path):
     program = ("import os, signal, sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
                "import v10_transformer_lowrank_scaled as v10\n"
                "def twice(*_):\n"
-               "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+               "    for wait in (0, 0, 1.1, 60):\n"
+               "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print('alive')\n"
                "v10.evaluate = twice; v10.main()")
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program, ROOT, "--data-file", text, *SMALL, *RANKS], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-uc", program, ROOT, "--data-file", text, *SMALL, *RANKS], cwd=tmp_path,
                           capture_output=True, check=False)
-    assert done.returncode == -signal.SIGTERM
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout.count(b"alive") == 2
     assert time.monotonic() - began < 55
+
+
+# ---- A screen that is gone -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("screen", ["> /dev/full", ">&- 2>&-", "| head -1", "2> /dev/full"])
+def test_a_screen_that_is_gone_ends_no_run(text, tmp_path, screen):
+    command = shlex.join(map(str, [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text,
+                                   *SMALL, *RANKS, "--log-file", "log.jsonl"]))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {screen}"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert records(tmp_path / "log.jsonl")[-1]["kind"] == "end"
+
+
+def test_a_terminal_that_closes_ends_no_run_that_ignores_its_signal(text, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text, *SMALL, *RANKS]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_IGN),
+                                                   fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)))
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)
+    assert process.wait() == 0
+    assert records(tmp_path / "logs" / "v10.jsonl")[-1]["kind"] == "end"
 
 
 def test_the_real_command_is_stopped_by_sigterm_and_goes_on(text, tmp_path, straight):
@@ -218,13 +277,13 @@ def test_a_disk_that_really_takes_no_more_is_one_line_and_loses_no_record(text, 
     command = ["--data-file", text, *SMALL, *RANKS, "--log-file", tmp_path / "log.jsonl"]
     program = ("import resource, sys; sys.path.insert(0, sys.argv.pop(1))\n"
                "import v10_transformer_lowrank_scaled as v10\n"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.exit(v10.main())")
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(v10.main())")
     done = subprocess.run([sys.executable, "-c", program, ROOT, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"cannot write {tmp_path / 'log.pt'}: File too large" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [record["kind"] for record in records(tmp_path / "log.jsonl")] == ["run", "epoch"]
-    assert {path.name for path in tmp_path.iterdir()} == {"text.tokens", "log.jsonl", "log.best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.tokens", "log.jsonl", "log.pt", "log.best.pt"}
 
 
 @pytest.mark.parametrize(("script", "flags", "full"), [
@@ -272,6 +331,77 @@ def test_a_lock_dies_with_its_process(run, straight, capsys):
     assert (log.read_bytes(), half.read_bytes()) == (before, b"what the other run is writing")
     holder.kill()
     holder.communicate()
+    run("--resume")
+    assert_same(log, straight())
+
+
+def test_two_runs_never_write_one_checkpoint(run, capsys):
+    log = run("--epochs", 2)
+    before = log.with_suffix(".pt").read_bytes()
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; file = open(sys.argv[1], 'w')\n"
+                               "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
+                               log.with_suffix(".pt.lock")], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    other = run("--checkpoint", log.with_suffix(".pt"), "--overwrite", name="other", code=2)
+    assert f"another run is writing {log.with_suffix('.pt')}" in capsys.readouterr().err
+    assert log.with_suffix(".pt").read_bytes() == before
+    assert not other.exists()
+    holder.kill()
+    holder.communicate()
+    run("--resume")
+    assert not log.with_suffix(".pt.lock").exists()
+
+
+def test_logs_whose_names_have_dots_have_checkpoints_of_their_own(run, text):
+    for name in ("lr0.001", "lr0.002", "run.jsonl"):
+        assert v10.main(["--data-file", str(text), "--log-file", str(run.folder / name), *SMALL, *RANKS]) == 0
+    assert {path.name for path in run.folder.glob("*.pt")} == {
+        f"{name}{kind}.pt" for name in ("lr0.001", "lr0.002", "run") for kind in ("", ".prev", ".best")}
+
+
+def test_a_checkpoint_under_its_old_name_is_found(run, text, straight):
+    flags = ["--data-file", str(text), "--log-file", str(run.folder / "run.log"), *SMALL, *RANKS]
+    assert v10.main([*flags, "--epochs", "2"]) == 0
+    for kind in ("", ".prev", ".best"):
+        (run.folder / f"run.log{kind}.pt").rename(run.folder / f"run{kind}.pt")
+    assert v10.main([*flags, "--resume"]) == 0
+    assert training(run.folder / "run.log") == straight()[0]
+    assert not (run.folder / "run.log.pt").exists()
+
+
+def test_a_log_whose_checkpoint_is_not_found_stays_as_it_is(run, capsys):
+    log = run()
+    before = log.read_bytes()
+    run("--resume", "--checkpoint", log.parent / "typo.pt", code=2)
+    said = capsys.readouterr().err
+    assert f"{log} has 4 finished epochs, but there is no checkpoint {log.parent / 'typo.pt'} to go on from" in said
+    assert log.read_bytes() == before
+
+
+def test_a_checkpoint_that_is_a_link_is_written_where_it_points_to(run, straight):
+    (run.folder / "large").mkdir()
+    link = run.folder / "log.pt"
+    link.symlink_to(run.folder / "large" / "mine.pt")
+    run("--epochs", 2)
+    run("--resume")
+    assert link.is_symlink()
+    assert {path.name for path in (run.folder / "large").iterdir()} == {"mine.pt", "mine.prev.pt", "mine.best.pt"}
+    assert training(run.folder / "log.jsonl") == straight()[0]
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(run, text, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.folder))
+    assert v10.main(["--data-file=~/text.tokens", "--log-file=~/r/a.jsonl", *SMALL, *RANKS]) == 0
+    assert records(run.folder / "r" / "a.jsonl")[-1]["kind"] == "end"
+
+
+def test_a_flag_that_an_older_checkpoint_does_not_know_counts_as_its_default(run, straight, capsys):
+    log = run("--epochs", 2)
+    settings = v10.load(log.with_suffix(".pt"))["settings"]
+    reseal(log.with_suffix(".pt"), {"settings": {name: value for name, value in settings.items()
+                                                 if name not in ("tokenize", "min_count")}})
+    run("--resume", "--min-count", 2, code=2)
+    assert "min_count was 1 and is now 2" in capsys.readouterr().err
     run("--resume")
     assert_same(log, straight())
 
@@ -487,3 +617,34 @@ def test_an_error_of_our_own_is_not_taken_for_the_users(run, monkeypatch):
     monkeypatch.setattr(v10, "train_step", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         run()
+
+
+# ---- Ways to start ---------------------------------------------------------------------------------------------------
+
+def test_a_users_error_under_torchrun_is_one_line_of_ours_and_ends_torchruns_report(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", "nowhere"],
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    line = "v10_transformer_lowrank_scaled.py: process 0: error: cannot read nowhere: No such file or directory"
+    ours, report = done.stderr.split("Traceback", 1)
+    assert ours.splitlines().count(line) == 1
+    assert "Root Cause" in report
+    assert line in report.split("Root Cause")[1]
+    assert "Traceback" not in report
+    assert "KeyboardInterrupt" not in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "script"), [
+    ([], "v7_transformer_dense_baseline.py"), ([], "bench.py"), ([], "study.py"), ([], "results.py"),
+    (["-OO"], "study.py"), (["-OO"], "bench.py"), (["-OO"], "plot_logs.py")])
+def test_every_script_starts_without_its_folder_on_the_path_and_without_docstrings(tmp_path, flags, script):
+    done = subprocess.run([sys.executable, *flags, ROOT / script, "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage:")
+
+
+def test_a_log_is_not_written_to_a_device(run, capsys):
+    run("--log-file", "/dev/stdout", code=2)
+    assert "cannot write /dev/stdout: not a plain file" in capsys.readouterr().err

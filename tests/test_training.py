@@ -227,11 +227,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(run, capsys):
     assert log.read_bytes() == before
 
 
-def test_a_log_without_a_checkpoint_starts_over(run, capsys):
+def test_a_log_without_a_finished_epoch_and_without_a_checkpoint_starts_over(run, capsys):
     log = run()
     expected = untimed(log), untimed(log, "run")
-    log.with_suffix(".pt").unlink()
-    log.with_suffix(".prev.pt").unlink()
+    log.write_bytes(log.read_bytes().splitlines(True)[0])
+    for path in run.folder.glob("*.pt"):
+        path.unlink()
     run("--resume")
     assert "starting over" in capsys.readouterr().out
     assert (untimed(log), untimed(log, "run")) == expected
@@ -250,9 +251,13 @@ def test_only_epochs_may_change_on_a_resume(run, capsys, text):
     assert log.read_bytes() == before
 
 
-def test_nothing_to_resume_is_an_error(run, capsys):
-    run("--resume", code=2)
-    assert "nothing to resume" in capsys.readouterr().err
+def test_one_command_starts_a_run_and_goes_on_with_it(run, capsys):
+    straight = run(name="straight")
+    run("--epochs", 2, "--resume")
+    assert "nothing to resume yet" in capsys.readouterr().out
+    log = run("--resume")
+    assert untimed(log) == untimed(straight)
+    assert untimed(log, "run")[0]["resume"] is False
 
 
 def test_an_existing_log_is_replaced_only_with_overwrite(run, capsys):
@@ -328,6 +333,43 @@ def test_a_run_with_the_ranks_of_a_log_is_resumed_without_that_log(run):
     assert untimed(run(*flags, "--resume", name="halves", ranks=[])) == untimed(straight)
 
 
+@pytest.mark.parametrize("kind", ["chars", "bytes"])
+def test_a_text_is_taken_in_characters_or_in_bytes(run, text, kind):
+    text.write_text("der Käse, 你好 und mehr " * 200)
+    log = run("--tokenize", kind)
+    first = records(log, "run")[0]
+    data = text.read_bytes()
+    tokens = data if kind == "bytes" else data.decode()
+    assert (first["vocab_size"], first["train_tokens"] + first["val_tokens"]) == (len(set(tokens)), len(tokens))
+    model, vocabulary = v10.load_model(log.with_suffix(".pt"))
+    written = v10.generate(model, vocabulary, "Käse ", n_tokens=20)
+    assert written.startswith("Käse ")
+    assert kind == "bytes" or len(written) == 25
+    train, val, *_ = v10.load_corpus(text, 0.1, 8, kind)
+    ids = torch.cat([train, val]).tolist()
+    assert "".join(vocabulary[i] for i in ids) == (data.decode("latin-1") if kind == "bytes" else data.decode())
+
+
+def test_bytes_may_be_any_file(run, text):
+    text.write_bytes(bytes(range(256)) * 10)
+    assert records(run("--tokenize", "bytes"), "run")[0]["vocab_size"] == 256
+
+
+def test_a_text_without_spaces_gets_a_hint(run, text, capsys):
+    text.write_text(" ".join(f"w{i}" for i in range(2000)))
+    run("--epochs", 1)
+    assert "2,000 of the 2,000 words" in capsys.readouterr().out
+
+
+def test_words_below_the_minimal_count_become_unknown(run, text):
+    words = text.read_text().split()
+    log = run("--min-count", 20)
+    replaced = [word if words.count(word) >= 20 else "<unk>" for word in words]
+    text.write_text(" ".join(replaced))
+    assert records(log, "run")[0]["vocab_size"] == len(set(replaced)) < 50
+    assert untimed(run(name="replaced")) == untimed(log)
+
+
 def test_v7_takes_no_flag_that_controls_ranks(run, capsys):
     run("--init-rank", 4, main=v7.main, ranks=[], code=2)
     assert "--init-rank" in capsys.readouterr().err
@@ -348,8 +390,7 @@ def test_continuing_a_cosine_schedule_with_other_epochs_is_said(run, capsys):
 
 def test_no_file_is_written_over_another(run, text, capsys):
     before = text.read_bytes()
-    for flags in (["--log-file", text], ["--checkpoint", text], ["--log-file", text.with_suffix(".pt")],
-                  ["--test-file", text, "--data-file", text]):
+    for flags in (["--log-file", text], ["--checkpoint", text], ["--test-file", text, "--data-file", text]):
         run(*flags, "--overwrite", code=2)
         assert "need different names" in capsys.readouterr().err
     run("--ranks-from", run.folder / "log.jsonl", "--overwrite", ranks=[], code=2)

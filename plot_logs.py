@@ -7,11 +7,12 @@
 Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of training, a table of costs and, for
 several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
 Writes all of it to DIR/tables.md and each table to DIR/*.csv and *.tex (booktabs); beside them the figures, as PNG and
-PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap (layer by epoch) and NAME_final_ranks (block
+PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap (layer by epoch) and NAME_final-ranks (block
 by projection). With --report the report's own numbers stand beside each run's, in tables and in NAME_report. A run
-without a causal mask is marked everywhere: it sees its targets.
+without a causal mask is marked everywhere: it sees its targets. A log that cannot be read is named and left out.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -19,6 +20,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -45,10 +47,12 @@ class LogError(ValueError):
 @dataclass
 class Run:
     name: str
+    written: float = 0.0  # when the log was, in seconds since 1970
     settings: dict = field(default_factory=dict)  # the run record; empty in the report's own format
     epochs: list = field(default_factory=list)  # the epoch records, in order
     initial_rank: float | None = None  # mean over the layers; None for a dense model
     assumed: bool = False  # the initial rank is --init-rank, not the log's
+    updates: list = field(default_factory=list)  # the records of rank updates inside epochs, in order
     end: dict = field(default_factory=dict)  # the end record; empty as long as the run has not ended
 
     @property
@@ -58,7 +62,11 @@ class Run:
 
     @property
     def title(self):
-        return f"{self.name} ({LEAK})" if self.sees_targets else self.name
+        return self.name + f" ({LEAK})" * bool(self.sees_targets)
+
+    def label(self):
+        """As a figure shows it."""
+        return label(self.name) + f" ({LEAK})" * bool(self.sees_targets)
 
     def blocks(self):
         """The final ranks, a list of six a block; [] for a dense model."""
@@ -80,9 +88,9 @@ def not_finite(constant):
     raise ValueError(f"{constant} is not JSON")
 
 
-NUMBERS = ("rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions", "time_sec", "train_sec",
-           "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb", "parameters", "factor_parameters",
-           "entropy_floor", "train_tokens", "val_tokens", "vocab_size")
+NUMBERS = ("step", "steps_per_epoch", "rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions",
+           "time_sec", "train_sec", "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb",
+           "parameters", "factor_parameters", "entropy_floor", "train_tokens", "val_tokens", "vocab_size")
 TEXTS = ("attention", "data_file", "data_sha256", "device", "device_name", "dtype")
 
 
@@ -98,7 +106,9 @@ def check(record, run):
     kind = record.get("kind", "epoch")
     if kind not in ("run", "epoch", "ranks", "resume", "end"):
         raise ValueError(f"unknown kind of record {str(kind)[:60]!r}")
-    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",)}.get(kind, ())
+    if kind == "run" and (run.settings or run.epochs):
+        raise ValueError("a second run begins here: each run needs a log of its own")
+    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",)}.get(kind, ())
     for name in (*needed, *NUMBERS, *TEXTS):
         value = record.get(name)
         if value is None and name not in needed:
@@ -106,13 +116,15 @@ def check(record, run):
         if name in TEXTS and not isinstance(value, str) or name not in TEXTS and not is_number(value):
             raise ValueError(f"{name} should be a {'text' if name in TEXTS else 'number'}, "
                              f"not {json.dumps(value)[:60]}")
-    ranks = {"epoch": record.get("ranks"), "run": record.get("initial_ranks", [])}.get(kind, [])
+    ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"),
+             "run": record.get("initial_ranks", [])}.get(kind, [])
     if not isinstance(ranks, list) or len(ranks) % 6 or not all(is_number(rank, int) and rank > 0 for rank in ranks):
         raise ValueError(f"{'initial_' * (kind == 'run')}ranks should be a list of ranks, six for each block")
     if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
         raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
-    if kind == "epoch" and run.settings.get("initial_ranks") and len(ranks) != len(run.settings["initial_ranks"]):
-        raise ValueError(f"{len(ranks)} ranks, where the run began with {len(run.settings['initial_ranks'])}")
+    initial = run.settings.get("initial_ranks")
+    if kind in ("epoch", "ranks") and initial and len(ranks) != len(initial):
+        raise ValueError(f"{len(ranks)} ranks, where the run began with {len(initial)}")
     layers = record.get("layers", []) if kind == "run" else []
     if not isinstance(layers, list) or not all(
             isinstance(layer, dict) and isinstance(layer.get("shape"), list) and len(layer["shape"]) == 2
@@ -125,9 +137,8 @@ def check(record, run):
 
 def read_log(path, name, init_rank):
     """A log -> Run. Raises LogError. A last line that was cut off in the middle is left out, with a warning."""
-    run = Run(name)
     try:
-        data = path.read_bytes()
+        run, data = Run(name, path.stat().st_mtime), path.read_bytes()
     except OSError as error:
         raise LogError(f"{path}: {error.strerror}") from None
     lines = data.split(b"\n")
@@ -138,7 +149,7 @@ def read_log(path, name, init_rank):
             record = json.loads(line.decode("utf-8"), parse_constant=not_finite)
         except (ValueError, RecursionError) as error:
             if number == len(lines) > 1:
-                print(f"plot_logs.py: warning: {path}:{number}: the last line is cut off and left out", file=sys.stderr)
+                warn(f"{path}:{number}: the last line is cut off and left out")
                 break
             raise LogError(f"{path}:{number}: not a line of JSON ({error})") from None
         try:
@@ -146,11 +157,14 @@ def read_log(path, name, init_rank):
         except ValueError as error:
             raise LogError(f"{path}:{number}: {error}") from None
         if kind == "run":
-            run = Run(name, settings=record)
+            run.settings = record
+        elif kind == "ranks":
+            run.updates.append(record)
         elif kind == "epoch":
             run.epochs.append(record)
         elif kind == "resume":  # what was logged after the checkpoint was trained again
             run.epochs, run.end = [epoch for epoch in run.epochs if epoch["epoch"] <= record["epoch"]], {}
+            run.updates = [update for update in run.updates if update["step"] <= (record.get("step") or 0)]
         elif kind == "end":
             run.end = record
     if not run.epochs:
@@ -162,12 +176,35 @@ def read_log(path, name, init_rank):
 
 
 def read_logs(paths, init_rank):
-    """Logs -> Runs, each with a name of its own: the file's, and its folder's where two files share a name."""
-    stems = [path.stem for path in paths]
-    names = [stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}_{stem}"
-             for stem, path in zip(stems, paths, strict=True)]
-    names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, start=1)]
-    return [read_log(path, name, init_rank) for path, name in zip(paths, names, strict=True)]
+    """Logs -> Runs, each with a name of its own, also where capitals do not count: the file's, and its folder's where
+    two files share a name. A log that cannot be read is left out, with a warning; raises LogError if none can be."""
+    runs, problems = [], []
+    names = [plain(path.name if path.suffix != ".jsonl" else path.stem) for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1:
+            name = f"{plain(path.resolve().parent.name)}_{name}"
+        taken, unique, i = {run.name.casefold() for run in runs}, name, 2
+        while unique.casefold() in taken:
+            unique, i = f"{name}_{i}", i + 1
+        try:
+            runs.append(read_log(path, unique, init_rank))
+        except LogError as problem:
+            problems.append(problem)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        warn(f"{problem}; left out")
+    return runs
+
+
+def plain(name):
+    """A file's name as text in one line: no line ends, and a ? for each byte that is no letter."""
+    return " ".join(name.encode("utf-8", "replace").decode("utf-8").split()) or "?"
+
+
+def warn(message):
+    with contextlib.suppress(OSError, ValueError):  # a screen that is gone
+        print(f"plot_logs.py: warning: {message}", file=sys.stderr)
 
 
 # ---- Seeds of one configuration, and the phases of a run -------------------------------------------------------------
@@ -177,21 +214,25 @@ OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command",
               "factor_parameters"}
 
 
+SINCE = {"tokenize": "words", "min_count": 1}  # settings that older logs do not say, and what they were
+
+
 @dataclass
 class Group:
     """Runs of one configuration, which differ in their seeds."""
 
     name: str
     runs: list
+    apart: str = ""  # why a run is not in the group of its configuration
 
     @property
     def first(self):
         return self.runs[0]
 
-    @property
-    def title(self):
-        title = f"{self.name} ({LEAK})" if self.first.sees_targets else self.name
-        return f"{title}, {len(self.runs)} seeds" if len(self.runs) > 1 else title
+    def label(self):
+        """As a figure shows it."""
+        return (label(self.name) + f" ({LEAK})" * bool(self.first.sees_targets)
+                + f", {len(self.runs)} seeds" * (len(self.runs) > 1))
 
     def values(self, value):
         """[value(run) for each run], without those that do not say."""
@@ -199,16 +240,35 @@ class Group:
 
 
 def grouped(runs):
-    """Runs -> Groups, in order: together are runs whose records differ only in what belongs to one run."""
+    """Runs -> Groups, in order: together are runs of one length and of distinct seeds, whose records differ only in
+    what belongs to one run. What else has the same settings stands apart, with the reason."""
     groups = {}
     for i, run in enumerate(runs):
-        settings = {name: value for name, value in run.settings.items() if name not in OF_ONE_RUN}
-        groups.setdefault(json.dumps(settings, sort_keys=True) if settings else i, []).append(run)
-    names = [re.sub(r"[_-](seed|s)?$", "", os.path.commonprefix([run.name for run in found]))
-             if len(found) > 1 else found[0].name for found in groups.values()]
-    names = [name if name and names.count(name) == 1 else found[0].name
-             for name, found in zip(names, groups.values(), strict=True)]
-    return [Group(name, found) for name, found in zip(names, groups.values(), strict=True)]
+        settings = SINCE | {name: value for name, value in run.settings.items() if name not in OF_ONE_RUN}
+        settings |= {"epochs": None} if run.settings else {}  # as many as there are, which --resume may have changed
+        groups.setdefault(json.dumps(settings, sort_keys=True) if run.settings else i, []).append(run)
+    found = []
+    for members in groups.values():
+        lengths = {run.epochs[-1]["epoch"] for run in members}
+        for length in sorted(lengths, reverse=True):
+            seeds = {}  # each seed's first run
+            for run in (run for run in members if run.epochs[-1]["epoch"] == length):
+                first = seeds.setdefault(run.settings.get("seed"), run)
+                if run is not first:
+                    seed = "" if run.settings.get("seed") is None else f" {run.settings['seed']}"
+                    found.append(Group(run.name, [run], f"it has the seed{seed} of {first.name}"))
+            found.append(Group("", [*seeds.values()],
+                               f"it has {length} epochs, others of its settings {max(lengths - {length})}"
+                               if len(lengths) > 1 else ""))
+    found.sort(key=lambda group: runs.index(group.first))
+    for group in found:
+        common = os.path.commonprefix([run.name for run in group.runs])
+        group.name = re.sub(r"[_-](seed|s)?$", "", common) if len(group.runs) > 1 else group.first.name
+    names = [group.name for group in found]
+    for group in found:
+        if not group.name or names.count(group.name) > 1:
+            group.name = group.first.name
+    return found
 
 
 PHASES = ("Phases, by rules. Uniform compression: the first epochs, as long as all layers have one rank, and it falls. "
@@ -258,6 +318,12 @@ class Cell:
         return (fmean(self.values), min(self.values), max(self.values)) if self.values else ("", "", "")
 
 
+TEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {letter: f"{{{letter}}}" for letter in "[]*"} | {
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", DASH: "--",
+    "\N{UPWARDS ARROW}": r"$\uparrow$", "\N{DOWNWARDS ARROW}": r"$\downarrow$"}  # what LaTeX does not take as it is
+
+
 @dataclass
 class Table:
     """A table with a name for its files. Its cells are texts and Cells."""
@@ -269,7 +335,7 @@ class Table:
 
     def markdown(self):
         """As Markdown, with columns aligned as plain text too; all but the first flush right."""
-        rows = [[*map(str, row)] for row in [self.header, *self.rows]]
+        rows = [[re.sub(r"([|*`<\[])", r"\\\1", str(cell)) for cell in row] for row in [self.header, *self.rows]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         first, *others = ("| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(
             zip(row, widths, strict=True))) + " |" for row in rows)
@@ -279,8 +345,7 @@ class Table:
     def latex(self):
         """As a LaTeX table; it needs the package booktabs."""
         def row(cells):
-            text = " & ".join(re.sub(r"([&%$#_])", r"\\\1", str(cell)) for cell in cells).replace(DASH, "--")
-            return text.replace("\N{UPWARDS ARROW}", r"$\uparrow$").replace("\N{DOWNWARDS ARROW}", r"$\downarrow$")
+            return " & ".join("".join(TEX.get(letter, letter) for letter in str(cell)) for cell in cells)
         return "\n".join([
             r"\begin{table}", r"\centering", rf"\caption{{{row([self.title])}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", row(self.header) + r" \\",
@@ -324,7 +389,7 @@ def rank_table(run):
     """The report's Table 2: final ranks, a row a block, and their means."""
     rows = [[str(i), *map(str, block[:4]), f"{block[4]} / {block[5]}"] for i, block in enumerate(run.blocks())]
     means = [f"{mean:.1f}" for mean in projection_means(run.blocks())]
-    return Table(f"{run.name}_final_ranks", f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}",
+    return Table(f"{run.name}_final-ranks", f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}",
                  ["Block", "Q", "K", "V", "O", "/".join(PROJECTIONS[4:]).replace("/FFN ", "/")],
                  [*rows, ["Mean", *means[:4], f"{means[4]} / {means[5]}"]])
 
@@ -338,16 +403,16 @@ def report_tables(run):
     quantities = (("Train Loss", "train_loss", ".3f"), ("Val Loss", "val_loss", ".3f"), ("R min", "rank_min", ".0f"),
                   ("R max", "rank_max", ".0f"), ("R avg", "rank_avg", ".1f"))
     header = [run.name, "report", "difference"]
-    yield Table(f"{run.name}_report_training", f"Table 1 beside the report's, {run.name}", ["Epoch", *header], [
+    yield Table(f"{run.name}_report-training", f"Table 1 beside the report's, {run.name}", ["Epoch", *header], [
         beside(f"{number} {name}", epochs[number].get(key), theirs, form)
         for number, report in REPORT_TRAINING.items() if number in epochs
         for (name, key, form), theirs in zip(quantities, report, strict=True)])
     begins = {name: phase[0]["epoch"] for name, phase in phases(run)}
-    yield Table(f"{run.name}_report_phases", f"Phases beside the report's, {run.name}: first epoch of each", [
+    yield Table(f"{run.name}_report-phases", f"Phases beside the report's, {run.name}: first epoch of each", [
         "Phase", *header], [beside(name, begins.get(name), theirs, ".0f") for name, theirs in REPORT_PHASES.items()])
     if run.blocks():
         means = [projection_means(blocks) for blocks in (run.blocks(), REPORT_RANKS)]
-        yield Table(f"{run.name}_report_ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
+        yield Table(f"{run.name}_report-ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
                     ["Projection", *header], [beside(name, *both, ".1f") for name, *both in zip(
                         (*PROJECTIONS, "all"), *([*mean, fmean(mean)] for mean in means), strict=True)])
 
@@ -444,8 +509,11 @@ def contents(runs, report=False):
     if any(map(phases, runs)):
         yield PHASES
     if len(runs) > 1:
+        groups = grouped(runs)
         yield "# Comparison"
-        yield comparison_table(grouped(runs))
+        yield comparison_table(groups)
+        for group in (group for group in groups if group.apart):
+            yield f"{group.name} is not averaged with runs of the same settings: {group.apart}."
         if len({run.settings.get("data_sha256") for run in runs}) > 1:
             yield "The runs were not trained on the same data: their losses cannot be compared."
         if len({run.epochs[-1].get("tokens_seen") for run in runs}) > 1:
@@ -462,21 +530,37 @@ def page(parts):
 
 
 def history(run):
-    """-> (epochs, ranks (epochs, layers)), the initial ranks first, as epoch 0."""
+    """-> (epochs, ranks (epochs, layers)), the initial ranks first, as epoch 0; updates inside epochs at their part."""
     initial = run.settings.get("initial_ranks") or [run.initial_rank] * len(run.epochs[-1]["ranks"])
-    return [0, *(e["epoch"] for e in run.epochs)], np.array([initial, *(e["ranks"] for e in run.epochs)], dtype=float)
+    ranks = {0: initial} | {epoch["epoch"]: epoch["ranks"] for epoch in run.epochs}
+    if steps := run.settings.get("steps_per_epoch"):
+        ranks |= {update["step"] / steps: update["ranks"] for update in run.updates
+                  if len(update["ranks"]) == len(initial)}
+    return sorted(ranks), np.array([ranks[at] for at in sorted(ranks)], dtype=float)
 
 
-def minutes(run, epoch):
-    """From the start of a run to the end of an epoch; None where an epoch is missing or does not say."""
-    seconds = [e.get("time_sec") for e in run.epochs if e["epoch"] <= epoch["epoch"]]
-    return None if None in seconds or len(seconds) < epoch["epoch"] else sum(seconds) / 60
+def minutes(run):
+    """From the start of a run to the end of each epoch; None where one is missing or does not say."""
+    seconds = [epoch.get("time_sec") for epoch in run.epochs]
+    known = None not in seconds and len(seconds) == run.epochs[-1]["epoch"]
+    return [total / 60 for total in accumulate(seconds)] if known else [None] * len(seconds)
 
 
-AXES = {"epoch": ("epoch", lambda run, epoch: epoch["epoch"]),
-        "tokens": ("training tokens", lambda run, epoch: epoch.get("tokens_seen")),
+def logged(name):
+    return lambda run: [epoch.get(name) for epoch in run.epochs]
+
+
+AXES = {"epoch": ("epoch", logged("epoch")), "tokens": ("training tokens", logged("tokens_seen")),
         "time": ("minutes of training, evaluation and rank control", minutes),
-        "parameters": ("million parameters in use", lambda run, epoch: epoch.get("params_millions"))}
+        "parameters": ("million parameters in use", logged("params_millions"))}
+
+
+def label(text, longest=48):
+    """A run's name as matplotlib shows it: plain, not too long, and in a legend whatever it begins with."""
+    if len(text) > longest:
+        text = text[:longest // 2] + "\N{HORIZONTAL ELLIPSIS}" + text[-longest // 2:]
+    text = "".join(letter if ord(letter) in plt.letters else "?" for letter in text)
+    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def curve(axes, at, seeds, color, **line):
@@ -487,32 +571,34 @@ def curve(axes, at, seeds, color, **line):
 
 def losses_figure(groups, x="epoch"):
     """Validation and training losses: a line for each configuration, with a band over its seeds."""
-    label, where = AXES[x]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, group in enumerate(groups):
-        curves = [[(e["epoch"], where(run, e), e["val_loss"], e["train_loss"]) for e in run.epochs]
-                  for run in group.runs]
+    name, where = AXES[x]
+    many = len(groups) > 10
+    figure, axes = plt.subplots(figsize=(12 if many else 8, max(5, 1 + 0.24 * len(groups))), layout="constrained")
+    colors = plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else [f"C{i}" for i in range(len(groups))]
+    for color, group in zip(colors, groups, strict=True):
+        curves = [[(e["epoch"], at, e["val_loss"], e["train_loss"])
+                   for e, at in zip(run.epochs, where(run), strict=True)] for run in group.runs]
         common = set.intersection(*({point[0] for point in curve if point[1] is not None} for curve in curves))
         if not common:
-            raise LogError(f"{group.name}: its log does not say the {label}, which --x {x} asks for")
+            raise LogError(f"{group.name}: its log does not say the {name}, which --x {x} asks for")
         seeds = np.array([[point for point in curve if point[0] in common] for curve in curves])  # (seeds, epochs, 4)
         _, at, _, train = seeds.mean(0).T
-        curve(axes, at, seeds[..., 2], f"C{i % 10}", marker="o", markersize=3, label=group.title)
-        axes.plot(at, train, color=f"C{i % 10}", linestyle="--", linewidth=1)
+        curve(axes, at, seeds[..., 2], color, marker="o", markersize=3, label=group.label())
+        axes.plot(at, train, color=color, linestyle="--", linewidth=1)
     floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
               if run.settings.get("entropy_floor")}
     for floor in sorted(floors):
         axes.axhline(floor, color="black", linestyle=":", label=f"entropy floor {floor:.3f}: no honest model is below")
     axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="training loss")
     several = any(len(group.runs) > 1 for group in groups)
-    axes.set(xlabel=label, ylabel="validation loss (nats per token)",
+    axes.set(xlabel=name, ylabel="validation loss (nats per token)",
              title="Losses" + ": mean of the seeds, band from lowest to highest" * several)
     leaks = any(group.first.sees_targets for group in groups)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if leaks else None)
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, **{"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {})
     return figure
 
 
@@ -530,7 +616,7 @@ def ranks_figure(run):
     panels[0, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch", fontsize=10)
     figure.supylabel("rank", fontsize=10)
-    figure.suptitle(f"{run.title}: rank by projection\n"
+    figure.suptitle(f"{run.label()}: rank by projection\n"
                     "line: mean of the blocks, band: lowest to highest block, dotted: mean of all layers", fontsize=11)
     return figure
 
@@ -539,14 +625,14 @@ def heatmap_figure(run):
     epochs, ranks = history(run)
     n_layers = ranks.shape[1]
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.17 * n_layers), layout="constrained")
-    image = axes.pcolormesh(np.arange(len(epochs) + 1) - 0.5, np.arange(n_layers + 1), ranks.T, cmap="viridis")
+    edges = np.concatenate([[-0.5], np.add(epochs[:-1], epochs[1:]) / 2, [epochs[-1] + 0.5]])
+    image = axes.pcolormesh(edges, np.arange(n_layers + 1), ranks.T, cmap="viridis")
     axes.set_yticks(np.arange(n_layers) + 0.5, [f"{i // 6} {PROJECTIONS[i % 6]}" for i in range(n_layers)], fontsize=7)
-    axes.hlines(np.arange(6, n_layers, 6), -0.5, len(epochs) - 0.5, color="white", linewidth=1)
-    ticks = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 11)).round().astype(int))
-    axes.set_xticks(ticks, [epochs[i] for i in ticks])
+    axes.hlines(np.arange(6, n_layers, 6), edges[0], edges[-1], color="white", linewidth=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
     axes.set(xlabel="epoch (0: at initialisation)", ylabel="block and projection",
-             title=f"{run.title}: rank of each layer")
+             title=f"{run.label()}: rank of each layer")
     figure.colorbar(image, label="rank")
     return figure
 
@@ -561,7 +647,7 @@ def final_ranks_figure(run):
     axes.set_xticks(range(6), [f"{name}\n{mean:.1f}" for name, mean in zip(PROJECTIONS, blocks.mean(0), strict=True)])
     axes.set_yticks(range(len(blocks)))
     axes.set(xlabel="projection, and its mean rank", ylabel="block",
-             title=f"{run.title}: ranks after epoch {run.epochs[-1]['epoch']}")
+             title=f"{run.label()}: ranks after epoch {run.epochs[-1]['epoch']}")
     figure.colorbar(image, label="rank")
     return figure
 
@@ -571,10 +657,10 @@ def report_figure(run):
     epochs = [epoch["epoch"] for epoch in run.epochs]
     reported, points = [*REPORT_TRAINING], list(zip(*REPORT_TRAINING.values(), strict=True))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for key, place, label, style in (("val_loss", 1, "validation", "-"), ("train_loss", 0, "training", "--")):
+    for key, place, kind, style in (("val_loss", 1, "validation", "-"), ("train_loss", 0, "training", "--")):
         color = f"C{1 - place}"
-        left.plot(epochs, [epoch[key] for epoch in run.epochs], style, color=color, label=f"{label} loss")
-        left.plot(reported, points[place], "o", color=color, markerfacecolor="white", label=f"{label} loss, report")
+        left.plot(epochs, [epoch[key] for epoch in run.epochs], style, color=color, label=f"{kind} loss")
+        left.plot(reported, points[place], "o", color=color, markerfacecolor="white", label=f"{kind} loss, report")
     left.set(xlabel="epoch", ylabel="nats per token", title="Losses")
     left.set_ylim(bottom=0)
     if run.blocks():
@@ -591,28 +677,47 @@ def report_figure(run):
         axes.axvline(REPORT_PHASES["collapse"], color="gray", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    figure.suptitle(f"{run.title}, beside the report's run (dotted: the first epoch of its collapse)", fontsize=11)
+    figure.suptitle(f"{run.label()}, beside the report's run (dotted: the first epoch of its collapse)",
+                    fontsize=11)
     return figure
 
 
 def figures(runs, x="epoch", report=False):
-    """-> {file name without its ending: figure}"""
-    made = {"losses": losses_figure(grouped(runs), x)}
-    if report:
-        made |= {f"{run.name}_report": report_figure(run) for run in runs}
-    for run in (run for run in runs if run.blocks()):
-        made |= {f"{run.name}_ranks": ranks_figure(run), f"{run.name}_heatmap": heatmap_figure(run),
-                 f"{run.name}_final_ranks": final_ranks_figure(run)}
-    return made
+    """Yields (file name without its ending, figure), one after the other."""
+    yield "losses", losses_figure(grouped(runs), x)
+    for run in runs:
+        if report:
+            yield f"{run.name}_report", report_figure(run)
+        if run.blocks():
+            yield f"{run.name}_ranks", ranks_figure(run)
+            yield f"{run.name}_heatmap", heatmap_figure(run)
+            yield f"{run.name}_final-ranks", final_ranks_figure(run)
 
 
-def start_matplotlib():
-    """Not before it is needed: it takes most of this script's time."""
+def start_matplotlib(names=()):
+    """Not before it is needed: it takes most of this script's time. The user's display settings do not count; fonts are
+    chosen that have the letters of `names`, so far as the machine has such fonts."""
     global np, plt
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib import font_manager, ft2font
+    matplotlib.rcdefaults()
+    wanted, families, plt.letters = set(map(ord, "".join(names))), [], set()
+    for path in (font_manager.findfont("DejaVu Sans"), *(font.fname for font in font_manager.fontManager.ttflist)):
+        if families and wanted <= plt.letters:
+            break
+        try:
+            font = ft2font.FT2Font(path)
+        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+            continue
+        if not families or (wanted - plt.letters) & {*font.get_charmap()}:
+            plt.letters |= {*font.get_charmap()}
+            families.append(font.family_name)
+    plt.rcParams["font.family"] = families
+    if missing := wanted - plt.letters:
+        warn(f"no font on this machine has {''.join(map(chr, sorted(missing)))[:40]}: figures show ? instead")
 
 
 def save(figure, path):
@@ -624,9 +729,44 @@ def save(figure, path):
 
 def write_table(table, folder):
     """A table as NAME.csv and NAME.tex."""
-    with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8", errors="replace") as file:
         csv.writer(file).writerows(table.records())
-    (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+    (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8", errors="replace")
+
+
+def write_tensorboard(runs, folder):
+    """The losses, ranks and costs of each run as TensorBoard event files, FOLDER/NAME/events.*, a step per epoch."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        raise LogError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    for run in (run for run in runs if [*(folder / run.name).glob("events.*")]):
+        raise LogError(f"{folder / run.name} has event files already: choose another --tensorboard folder")
+    for run in runs:
+        writer, spent = EventFileWriter(str(folder / run.name)), minutes(run)
+        for epoch, so_far in zip(run.epochs, spent, strict=True):
+            values = [Summary.Value(tag=f"{group}/{name}", simple_value=epoch[name]) for group, names in BOARD.items()
+                      for name in names if is_number(epoch.get(name))]
+            ago = 60 * (spent[-1] - so_far) if so_far is not None else 0
+            writer.add_event(Event(wall_time=run.written - ago, step=int(epoch["epoch"]),
+                                   summary=Summary(value=values)))
+        writer.close()
+
+
+BOARD = {"loss": ("train_loss", "val_loss", "val_ppl"), "rank": ("rank_min", "rank_avg", "rank_max", "resized"),
+         "cost": ("params_millions", "factor_params_millions", "tokens_per_sec", "peak_memory_mb", "lr")}
+
+
+def screen(text):
+    """Print; a screen that is gone, as after `| head`, or lacks a letter, is no error."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
 
 
 def main(argv=None):
@@ -638,24 +778,28 @@ def main(argv=None):
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")
     parser.add_argument("--x", choices=AXES, default="epoch", help="axis of the losses (default: epoch)")
     parser.add_argument("--report", action="store_true", help="the report's own numbers beside those of each log")
+    parser.add_argument("--tensorboard", metavar="DIR", type=Path, help="also write TensorBoard event files, to DIR")
     args = parser.parse_args(argv)
     out = args.out or args.logs[0].parent / "figures"
     try:
+        out, board = out.expanduser(), args.tensorboard and args.tensorboard.expanduser()
         if not 0 < args.init_rank < 1e15:
             raise LogError("--init-rank must be a rank: at least 1")
         runs = read_logs(args.logs, args.init_rank)
         parts = [*contents(runs, args.report)]
-        text = page(parts)
-        print(text)
+        text, made = page(parts), []
         out.mkdir(parents=True, exist_ok=True)
-        (out / "tables.md").write_text(text, encoding="utf-8")
+        (out / "tables.md").write_text(text, encoding="utf-8", errors="replace")
         for table in (part for part in parts if isinstance(part, Table)):
             write_table(table, out)
-        start_matplotlib()
-        for name, figure in figures(runs, args.x, args.report).items():
+        start_matplotlib([run.name for run in runs])
+        for name, figure in figures(runs, args.x, args.report):
             save(figure, out / name)
-            print(out / f"{name}.png")
-        print(out / "tables.md")
+            made.append(out / f"{name}.png")
+        if board:
+            write_tensorboard(runs, board)
+            made.append(board)
+        screen("\n".join([text, *map(str, made), str(out / "tables.md")]))
     except LogError as error:
         print(f"plot_logs.py: error: {error}", file=sys.stderr)
         return 2

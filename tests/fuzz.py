@@ -86,7 +86,7 @@ def targets(folder):
 
     def read_log(data):
         here.write_bytes(data)
-        runs = plot_logs.read_logs([here, folder / "log.jsonl"], 64)
+        runs = [plot_logs.read_log(path, path.stem, 64) for path in (here, folder / "log.jsonl")]
         plot_logs.page(plot_logs.contents(runs))
         for run in runs:
             if run.blocks():
@@ -168,7 +168,7 @@ def fuzz(cases, action, n, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Feeds mutated inputs to all that reads a file.", allow_abbrev=False)
     parser.add_argument("--cases", type=int, default=2000, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

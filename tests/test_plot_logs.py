@@ -1,9 +1,12 @@
 """Tables, figures and errors of plot_logs.py."""
 import csv
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import matplotlib
 import pytest
@@ -83,9 +86,9 @@ def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys
     said = capsys.readouterr().out
     made = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = ["losses", *(f"{name}_{kind}" for name in ("v10", "open")
-                            for kind in ("ranks", "heatmap", "final_ranks"))]
+                            for kind in ("ranks", "heatmap", "final-ranks"))]
     texts = ["comparison", *(f"{name}_{kind}" for name in ("v10", "open", "v7") for kind in ("training", "cost")),
-             *(f"{name}_final_ranks" for name in ("v10", "open"))]
+             *(f"{name}_final-ranks" for name in ("v10", "open"))]
     assert made == {"tables.md", *(f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")),
                     *(f"{name}.{kind}" for name in texts for kind in ("csv", "tex"))}
     for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("tex", b"\\begin{table}")):
@@ -103,10 +106,9 @@ def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys
 
 
 def test_every_figure_of_a_bidirectional_run_is_marked(run):
-    plot_logs.np, plot_logs.plt = pytest.importorskip("numpy"), pytest.importorskip("matplotlib.pyplot")
-    matplotlib.use("Agg")
+    plot_logs.start_matplotlib()
     runs = plot_logs.read_logs([run("--attention", "bidirectional", name="open"), run(name="v10")], 64)
-    for name, figure in plot_logs.figures(runs).items():
+    for name, figure in plot_logs.figures(runs):
         texts = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
         assert ("SEES ITS TARGETS" in texts) == (not name.startswith("v10_")), name
         plot_logs.plt.close(figure)
@@ -327,3 +329,146 @@ def test_the_real_command_does_not_import_torch(run, tmp_path):
     done = subprocess.run([sys.executable, "-c", program, log], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("False\n")
+
+
+# ---- Names, seeds, screens, many logs --------------------------------------------------------------------------------
+
+def images(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_any_two_logs_have_files_of_their_own_also_where_capitals_do_not_count(tmp_path):
+    names = ["v10", "v10_final", "V10", "v10_ranks", "v10_2"]
+    plot(*(write(tmp_path / f"{name}.jsonl", *logged([3, 2])) for name in names))
+    made = images(tmp_path / "figures")
+    assert len(made) == len({name.casefold() for name in made}) == 1 + 3 * len(names)
+
+
+def test_a_log_and_its_copy_are_not_two_seeds(tmp_path, capsys):
+    one = write(tmp_path / "v10.jsonl", *logged([3, 2], seed=0))
+    copy = write(tmp_path / "v10_copy.jsonl", *logged([3, 2], seed=0))
+    other = write(tmp_path / "v10_s1.jsonl", *logged([3, 2.5], seed=1))
+    plot(one, copy, other)
+    said = capsys.readouterr().out
+    assert cells(said.split("# Comparison")[1], "v10")[1] == "2"
+    assert cells(said.split("# Comparison")[1], "v10_copy")[1] == "1"
+    assert "v10_copy is not averaged with runs of the same settings: it has the seed 0 of v10." in said
+
+
+def test_runs_of_different_lengths_are_not_averaged(tmp_path, capsys):
+    for seed, losses in enumerate(([3, 2, 1], [3, 2], [3, 2, 1.5])):
+        write(tmp_path / f"v10_s{seed}.jsonl", *logged(losses, seed=seed))
+    plot(*(tmp_path / f"v10_s{seed}.jsonl" for seed in range(3)))
+    said = capsys.readouterr().out.split("# Comparison")[1]
+    assert cells(said, "v10")[1:3] == ["2", "causal"]
+    assert cells(said, "v10_s1")[1] == "1"
+    assert "v10_s1 is not averaged with runs of the same settings: it has 2 epochs, others of its settings 3." in said
+
+
+@pytest.mark.parametrize("name", [
+    "_baseline", "cost$5_vs_$6", "a|b", "50%_&_#1", "^~{}\\", "x" * 150, "名字", "\udcff"])
+def test_a_name_is_plain_text_wherever_it_appears(tmp_path, capsys, name):
+    log = write(tmp_path / f"{name}.jsonl", *logged([3, 2]))
+    plot(log, write(tmp_path / "other.jsonl", *logged([3, 1])), "--report", "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    shown = plot_logs.plain(name)
+    assert f"# {shown}\n" in text
+    rows = [line for line in text.split("# Comparison")[1].splitlines() if line.startswith("|")]
+    assert len({len(row.replace(r"\|", "").split("|")) for row in rows}) == 1
+    tex = (tmp_path / "out" / "comparison.tex").read_text()
+    row = next(line for line in tex.splitlines() if line.endswith(r"\\") and "other" not in line and "run" not in line)
+    assert "".join(plot_logs.TEX.get(letter, letter) for letter in shown) == row.split(" & ")[0]
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log, tmp_path / "other.jsonl"], 64)))
+    figure.canvas.draw()  # mathematics in a name would raise here
+    legend = [entry.get_text().strip().replace(r"\$", "$") for entry in figure.axes[0].get_legend().get_texts()]
+    assert legend[0] == shown or len(shown) > 48 or name in ("名字", "\udcff")
+    assert len(legend[0]) < 60
+    plot_logs.plt.close(figure)
+
+
+@pytest.mark.parametrize("settings", [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, {"MPLBACKEND": "nonsense"},
+    {"PYTHONIOENCODING": "latin-1"}, {"MATPLOTLIBRC": "."}])
+def test_the_users_display_settings_do_not_count(report, tmp_path, settings):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.max_open_warning: 1\nsavefig.dpi: 10\n")
+    done = subprocess.run([sys.executable, ROOT / "plot_logs.py", report, "--out", tmp_path / "there"], cwd=tmp_path,
+                          capture_output=True, check=False, env=os.environ | settings)
+    assert (done.returncode, done.stderr) == (0, b"")
+    plot(report, "--out", tmp_path / "here")
+    for name in images(tmp_path / "here"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+@pytest.mark.parametrize("screen", ["| head -1", "> /dev/full", ">&-"])
+def test_files_come_before_the_screen_and_do_not_need_it(report, tmp_path, screen):
+    command = shlex.join([sys.executable, str(ROOT / "plot_logs.py"), str(report), "--out", "there"])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {screen}"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(images(tmp_path / "there")) == 4
+
+
+def test_logs_that_cannot_be_read_are_named_and_left_out(report, tmp_path, capsys):
+    (tmp_path / "begun.jsonl").write_text('{"kind": "run"}\n')
+    (tmp_path / "foreign.jsonl").write_text("hello\n")
+    plot(tmp_path / "begun.jsonl", report, tmp_path / "foreign.jsonl", "--out", tmp_path / "out")
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1:3] for line in warnings] == [
+        ["warning", str(tmp_path / "begun.jsonl")], ["warning", f"{tmp_path / 'foreign.jsonl'}:1"]]
+    plot(tmp_path / "begun.jsonl", tmp_path / "foreign.jsonl", code=2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_make_plots_takes_names_with_spaces(report, tmp_path):
+    (tmp_path / "logs").mkdir()
+    shutil.copy(report, tmp_path / "logs" / "my run.jsonl")
+    shutil.copy(ROOT / "plot_logs.py", tmp_path)
+    subprocess.run(["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}"], cwd=tmp_path,
+                   check=True, capture_output=True)
+    assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
+
+
+def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn):
+    logs = [write(tmp_path / f"{'long ' * 18}{i}.jsonl", *logged([3, 2 + i / 30], lr=i)) for i in range(30)]
+    plot_logs.start_matplotlib()
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs, 64)))
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert len({tuple(map(float, line.get_color())) for line in axes.lines if line.get_marker() == "o"}) == 30
+    box, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+    assert legend.x0 > box.x1
+    assert box.width > 0.5 * figure.bbox.width
+    assert legend.height < figure.bbox.height
+    plot_logs.plt.close(figure)
+    plot(*logs, "--out", tmp_path / "out")
+    assert not recwarn.list
+
+
+def test_a_long_log_is_plotted_against_time_in_time(tmp_path):
+    run = plot_logs.Run("run", epochs=[{"epoch": i, "time_sec": 60} for i in range(1, 50_001)])
+    began = time.perf_counter()
+    assert plot_logs.minutes(run)[-1] == 50_000
+    assert time.perf_counter() - began < 5
+
+
+def test_updates_inside_epochs_are_plotted(run):
+    plot_logs.start_matplotlib()
+    (read,) = plot_logs.read_logs([run("--rank-interval", 2)], 64)
+    epochs, ranks = plot_logs.history(read)
+    assert epochs == [0, 0.4, 0.8, 1, 1.2, 1.6, 2, 2.4, 2.8, 3, 3.2, 3.6, 4]
+    assert ranks.shape == (13, 12)
+    assert ranks[1].tolist() == read.updates[0]["ranks"]
+    for figure in (plot_logs.heatmap_figure(read), plot_logs.ranks_figure(read)):
+        figure.canvas.draw()
+        plot_logs.plt.close(figure)
+
+
+def test_tensorboard_reads_what_the_logs_say(report, tmp_path, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plot(report, "--tensorboard", tmp_path / "board")
+    events = event_accumulator.EventAccumulator(str(tmp_path / "board" / "report")).Reload()
+    for tag, column in (("loss/train_loss", 1), ("loss/val_loss", 2), ("rank/rank_avg", 5)):
+        assert [e.step for e in events.Scalars(tag)] == [row[0] for row in TABLE_1]
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx([row[column] for row in TABLE_1])
+    plot(report, "--tensorboard", tmp_path / "board", code=2)
+    assert "has event files already" in capsys.readouterr().err

@@ -32,8 +32,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import v7_transformer_dense_baseline as v7
-import v10_transformer_lowrank_scaled as v10
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import v7_transformer_dense_baseline as v7  # noqa: E402
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 LARGE = 2048  # side of the large matrix product
 

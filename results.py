@@ -14,8 +14,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-import plot_logs
-from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, perplexity
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import plot_logs  # noqa: E402
+from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, perplexity  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- make results writes from here -->", "<!-- to here -->"
@@ -522,10 +524,12 @@ def main(argv=None):
         if missing or not study.speed or not {"val", "test"} <= study.ngrams.keys() or not study.probes:
             raise LogError(f"{args.study} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
                            "missing; `make study` goes on with it")
+        if not args.out and HERE not in args.study.resolve().parents:
+            raise LogError(f"{args.study} lies elsewhere than this page: --out names the folder for its results")
         page = (args.out or HERE) / "RESULTS.md"
         folder = (args.out or args.study) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
-        shown = folder.name if args.out else folder.relative_to(HERE).as_posix()
+        shown = folder.name if args.out else folder.resolve().relative_to(HERE).as_posix()
         page.write_text(results_page(study, shown), encoding="utf-8")
         if not args.out:
             readme = (HERE / "README.md").read_text(encoding="utf-8")

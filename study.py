@@ -30,19 +30,27 @@ from statistics import fmean, median
 import torch
 from tqdm import tqdm
 
-import v7_transformer_dense_baseline as v7
-import v10_transformer_lowrank_scaled as v10
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import v7_transformer_dense_baseline as v7  # noqa: E402
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py"}
 SEEDS = (0, 1, 2)
 SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
-        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --dtype float32""".split(),
+        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""".split(),
     "report": []}  # v10's defaults
 SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60".split()
-WORDS, RARE = 100_000, 3  # of the small size
+WORDS = 100_000  # of the small size
 LONG = 3  # times as many epochs in the long run
 SEARCHED = [(rate, dropout) for rate in (1, 2) for dropout in (0.1, 0.3)]  # rate: times that of the size
+
+
+def with_rare_words_as_unk(text):
+    """What this script wrote before v10 had --min-count; to v10 it is the same text."""
+    count = Counter(text.split())
+    return " ".join(word if count[word] >= 3 else "<unk>" for word in text.split())
 
 
 @dataclass(frozen=True)
@@ -177,16 +185,15 @@ class Study:
                         raise v10.UserError(f"{self.log(run.stem)} is of another size: choose another --out")
         path = self.out / "words.tokens"
         if self.args.size != "report":
-            words = v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS]
-            count = Counter(words)
-            text = " ".join(word if count[word] >= RARE else "<unk>" for word in words)
+            text = " ".join(v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS])
             if not path.exists():
                 path.write_text(text, encoding="utf-8")
-            elif path.read_text(encoding="utf-8") != text:
+            elif path.read_text(encoding="utf-8") not in (text, with_rare_words_as_unk(text)):
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
             train, val, vocabulary, *_ = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
-                                                         self.defaults.block_size)
+                                                         self.defaults.block_size,
+                                                         min_count=self.defaults.min_count)
         except v10.UserError:
             path.unlink(missing_ok=True)
             raise
@@ -274,7 +281,7 @@ def probe(log, data, out, run, every=8):
     """
     content = v10.load(log.with_suffix(".best.pt"))
     args = next(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"])[1]
+    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args.get("min_count", 1))[1]
     record = {"kind": "probe", "run": run.name, "seed": run.seed, "attention": args["attention"]}
     generator, T = torch.Generator().manual_seed(0), args["block_size"]
     blocks = (len(tokens) - 1) // T
@@ -328,9 +335,10 @@ def measure_speed(study, rounds=9):
             (first,), epochs = (study.records(f"{run.name}_s0", kind) for kind in ("run", "epoch"))
             of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
             ranks[run.name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
-    args = argparse.Namespace(**settings)
+    args = argparse.Namespace(**{"min_count": 1, **settings})
     device = v10.pick_device(args.device)
-    train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size)
+    train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size,
+                                                  min_count=args.min_count)
     train, generator = train.to(device), torch.Generator().manual_seed(0)
 
     def stepper(ranks):
@@ -368,7 +376,7 @@ def measure_speed(study, rounds=9):
 
 def main(argv=None):
     number = v10.number
-    parser = v10.Parser(prog="study.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    parser = v10.Parser(prog="study.py", description="Runs the study.", allow_abbrev=False,
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="logs/study", help="folder of the logs")
     parser.add_argument("--size", choices=SIZES, default="small", help="report: v10's defaults, for a GPU")
@@ -380,6 +388,12 @@ def main(argv=None):
     parser.add_argument("--test-file", default="wiki.valid.tokens", help="one more held-out text; '' for none")
     parser.add_argument("--list", action="store_true", help="print the runs and which are done")
     parser.add_argument("--short", action="store_true", help="a minute for all: tiny models, to see that it works")
+    with v10.screens():
+        return run(parser, argv)
+
+
+def run(parser, argv):
+    """main() on a screen that may vanish."""
     try:
         study = Study(parser.parse_args(argv))
         everything = [*study.runs, *study.later]
@@ -388,7 +402,7 @@ def main(argv=None):
                 print(f"{'done' if study.done(run) else '-':5} {run.stem}")
             return 0
         study.out.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, v10.stop)
+        v10.handle(v10.stop)
         study.prepare()
         complete = study.all(study.runs)
         if complete:
@@ -410,4 +424,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    v10.leave(main())

@@ -48,26 +48,27 @@ def test_a_study_trains_what_is_asked_for_and_what_that_needs(tiny):
     assert sorted(record["run"] for record in records(tiny / "probes.jsonl")) == ["adaptive", "bidirectional"]
 
 
-def test_the_study_text_is_the_beginning_of_the_data_with_rare_words_as_unk(tmp_path, monkeypatch):
+def test_the_study_text_is_the_beginning_of_the_data_and_its_rare_words_are_unk(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORDS", 900)
     text = "a b a c b a a b d d a b c c d ".split() * 2
     (tmp_path / "text").write_text(" ".join(["rare", "twice", "thrice", *text * 40, "twice"]))
     ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="")
     ours.prepare()
     words = ours.data().read_text().split()
-    assert words == ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
+    assert words == ["rare", "twice", "thrice", *(text * 40)[:897]]
+    train, val, vocabulary, *_ = v10.load_corpus(ours.data(), ours.defaults.val_fraction, ours.defaults.block_size,
+                                                 min_count=ours.defaults.min_count)
+    replaced = ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
+    assert [vocabulary[i] for i in torch.cat([train, val])] == replaced
     counted, = records(tmp_path / "ngrams.jsonl")
     assert counted["val"]["unk"] == 0
     assert set(counted["val"]) == {"unigram", "bigram", "unk"}
-    (tmp_path / "text").write_text(" ".join(["thrice", "twice", "thrice", *text * 29, "thrice", "twice"]))
-    ours.data().unlink()
-    ours.prepare()
-    assert ours.data().read_text().split() == ["thrice", "<unk>", "thrice", *text * 29, "thrice", "<unk>"]
-    words = ours.data().read_text().split()
+    ours.data().write_text(" ".join(replaced))
+    ours.prepare()  # a folder from before --min-count
     (tmp_path / "text").write_text("something else " * 1000)
     with pytest.raises(v10.UserError, match="was made of another text"):
         ours.prepare()
-    assert ours.data().read_text().split() == words
+    assert ours.data().read_text().split() == replaced
     assert asked(tmp_path, size="report", data_file="text").data() == "text"
 
 

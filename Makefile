@@ -67,7 +67,7 @@ baseline: $(READY) ## the same with dense layers and the mask
 	$(PY) $(V7) --log-file logs/v7.jsonl $(ARGS)
 
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
-	$(PY) plot_logs.py $(if $(LOGS),$(LOGS),$(wildcard logs/*.jsonl)) $(ARGS)
+	$(PY) plot_logs.py $(or $(LOGS),logs/*.jsonl) $(ARGS)
 
 study: $(READY) ## what the report's numbers mean: 67 runs on WikiText-2, two side by side; hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
@@ -75,7 +75,7 @@ study: $(READY) ## what the report's numbers mean: 67 runs on WikiText-2, two si
 
 results: $(READY) ## every table and figure of README.md and RESULTS.md, from logs/reference: a minute
 	$(PY) plot_logs.py $(addprefix logs/reference/demo/,$(DEMO_LOGS))
-	$(PY) plot_logs.py logs/reference/wikitext2_start/v10.jsonl
+	$(PY) plot_logs.py logs/reference/wikitext2_start/*.jsonl
 	$(PY) bench.py --show logs/reference/bench.json
 	$(PY) tests/soak.py --show logs/reference/soak.jsonl
 	$(PY) results.py
@@ -86,7 +86,7 @@ bench: $(READY) ## speed and memory as ratios, at the report's size: half an hou
 test: $(DEV)    ## the tests, a few minutes
 	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-soak: $(DEV)    ## kill small runs 33 times, resume them, compare: 5 to 10 minutes
+soak: $(DEV)    ## kill small runs 33 times, resume them, compare; stop 20 under torchrun: 10 minutes
 	$(PY) tests/soak.py $(ARGS)
 
 fuzz: $(DEV)    ## mutated inputs for all that reads a file, 2,000 cases a target: a minute

@@ -8,12 +8,16 @@ fsync, os.replace or evaluation, or with half of its layers resized. Ranks chang
 checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize and trains in
 float32, the other carries it and trains in bfloat16. Each kill is a line of the log; the last line is the verdict. Exit
 code 1 where anything was lost or differs.
+
+Then 20 runs of two processes under torchrun are stopped as a batch system does it, with SIGTERM to the launcher and to
+the processes at once, so that each process gets it twice; each has to save, and the next one goes on from there.
 """
 import argparse
 import builtins
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +136,27 @@ def launch(folder, flags, moment=None, when=None):
     return process.returncode, seconds
 
 
+def stopped(folder, rng):
+    """Start two processes under torchrun, or go on with them, and send SIGTERM to all -> was the last step saved?"""
+    import v10_transformer_lowrank_scaled as v10
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               ROOT / "v10_transformer_lowrank_scaled.py", *FLAGS, "--epochs", "1000000",
+               "--checkpoint-minutes", "1000", "--resume"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said = ""
+    while "\nepoch " not in said and process.poll() is None:
+        said += process.stdout.readline()
+    time.sleep(rng.uniform(0, 0.2))
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (*map(int, workers), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    said += process.stdout.read()
+    process.wait()
+    found = re.search(r"step ([\d,]+) of [\d,]+ is saved", said)
+    return bool(found) and v10.load(folder / "log.pt")["state"]["step"] == int(found[1].replace(",", ""))
+
+
 def records(path):
     """The records of a log, without marks of resuming and without what a clock says."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
@@ -153,8 +178,16 @@ def compare(folder, straight):
                    differing=sum(a != b for a, b in zip(ours, theirs, strict=False)) + max(len(ours) - len(theirs), 0))
 
 
-def soak(seed, random_kills, chosen_kills, write):
-    rng, result = random.Random(seed), Counter()
+def fill(folder):
+    """The texts of a run."""
+    folder.mkdir()
+    words = random.Random(0).choices([f"w{i}" for i in range(50)], k=3000)
+    (folder / "text").write_text(" ".join(words))
+    (folder / "test").write_text(" ".join(words[::7]))
+
+
+def soak(seed, random_kills, chosen_kills, stops, write):
+    rng, result = random.Random(seed), Counter(stops=stops, unsaved=0)
     plan = [RANDOM] * random_kills + list(CHOSEN) * chosen_kills
     rng.shuffle(plan)
     with tempfile.TemporaryDirectory() as place:
@@ -162,10 +195,7 @@ def soak(seed, random_kills, chosen_kills, write):
             straight, mine = Path(place, f"{choice}-straight"), plan[::2] if choice == "reinit" else plan[1::2]
             runs = [Path(place, f"{choice}-{i}") for i in range(len(mine) + 1)]
             for folder in (straight, *runs):
-                folder.mkdir()
-                words = random.Random(0).choices([f"w{i}" for i in range(50)], k=3000)
-                (folder / "text").write_text(" ".join(words))
-                (folder / "test").write_text(" ".join(words[::7]))
+                fill(folder)
             flags = ["--optimizer-on-resize", choice, "--dtype", dtype]
             began = time.monotonic()
             _, ready = launch(straight, flags)
@@ -185,8 +215,13 @@ def soak(seed, random_kills, chosen_kills, write):
                     folder = runs.pop(0)
             launch(folder, flags)
             result += compare(folder, straight) + Counter(runs=1)
-    write({"kind": "verdict", "seed": seed,
-           **{name: result[name] for name in ("runs", "records", "lost", "differing", "tensors")}})
+        fill(folder := Path(place, "stopped"))
+        for _ in range(stops):
+            saved = stopped(folder, rng)
+            write({"kind": "stop", "saved": saved})
+            result["unsaved"] += not saved
+    write({"kind": "verdict", "seed": seed, **{name: result[name] for name in (
+        "runs", "records", "lost", "differing", "tensors", "stops", "unsaved")}})
 
 
 def table(found):
@@ -196,16 +231,19 @@ def table(found):
                                                              (RANDOM, *CHOSEN))]
     return "\n".join([*lines, "", f"{kills.total()} kills in {verdict['runs']} runs, each then resumed to its end. Of "
                       f"{verdict['records']} records of runs that nobody touched, lost: {verdict['lost']}, differing: "
-                      f"{verdict['differing']}. Tensors that differ in the checkpoints: {verdict['tensors']}."])
+                      f"{verdict['differing']}. Tensors that differ in the checkpoints: {verdict['tensors']}. Of "
+                      f"{verdict['stops']} runs under torchrun whose processes got SIGTERM twice, not saved: "
+                      f"{verdict['unsaved']}."])
 
 
 def main():
     if sys.argv[1:2] == ["--arm"]:  # a run of v10 that is to kill itself
         return arm(sys.argv[2], int(sys.argv[3])).main(sys.argv[4:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Kills small trainings and resumes them.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", type=int, default=15, help="kills at random times")
     parser.add_argument("--chosen", type=int, default=3, help="kills at each chosen point")
+    parser.add_argument("--stops", type=int, default=20, help="doubled SIGTERMs to two processes under torchrun")
     parser.add_argument("--log-file", type=Path, default=ROOT / "logs" / "soak.jsonl")
     parser.add_argument("--show", type=Path, help="print the table of an earlier soak")
     args = parser.parse_args()
@@ -215,11 +253,11 @@ def main():
             def write(record):
                 print(json.dumps(record), file=log, flush=True)
                 print(*(f"{name}: {value}" for name, value in record.items()), sep=", ", flush=True)
-            soak(args.seed, args.random, args.chosen, write)
+            soak(args.seed, args.random, args.chosen, args.stops, write)
         print()
     found = [json.loads(line) for line in (args.show or args.log_file).read_text().splitlines()]
     print(table(found))
-    return int(any(found[-1][name] for name in ("lost", "differing", "tensors")))
+    return int(any(found[-1][name] for name in ("lost", "differing", "tensors", "unsaved")))
 
 
 if __name__ == "__main__":

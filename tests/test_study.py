@@ -333,3 +333,16 @@ def test_a_difference_is_between_runs_of_one_seed(tmp_path):
         study.groups["fixed"].runs, study.groups["dense"].runs[1:], strict=True)]
     assert found == by_hand
     assert plot_logs.show(found, ".3f") == plot_logs.show(by_hand, ".3f")
+
+
+def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):
+    for name in ("results.py", "plot_logs.py", "README.md", "RESULTS.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(REFERENCE, tmp_path / "logs" / "reference" / "study")
+    done = subprocess.run([sys.executable, "results.py", "--study", "logs/reference/study"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("README.md", "RESULTS.md"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
+    assert "lies elsewhere than this page: --out names the folder" in capsys.readouterr().err

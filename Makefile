@@ -87,6 +87,7 @@ test: $(DEV)    ## the tests, a few minutes
 	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 soak: $(DEV)    ## kill small runs 33 times, resume them, compare; stop 20 under torchrun: 10 minutes
+	$(PY) -m pytest -q -m soak
 	$(PY) tests/soak.py $(ARGS)
 
 fuzz: $(DEV)    ## mutated inputs for all that reads a file, 2,000 cases a target: a minute

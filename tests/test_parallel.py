@@ -113,7 +113,8 @@ def test_a_run_goes_on_on_another_device(run, capsys):
 
 
 @pytest.mark.parametrize(("victim", "number", "dtype"), [
-    (0, signal.SIGKILL, "float32"), (1, signal.SIGKILL, "bfloat16"), (1, signal.SIGTERM, "float32")])
+    (0, signal.SIGKILL, "bfloat16"), pytest.param(1, signal.SIGKILL, "float32", marks=pytest.mark.soak),
+    (1, signal.SIGTERM, "float32")])
 def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(text, tmp_path, victim, number, dtype):
     log = tmp_path / "two.jsonl"
     flags = ["--dtype", dtype, "--dropout", "0.1", "--rank-interval", "3", "--steps-per-epoch", "10",
@@ -133,7 +134,8 @@ def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(
         assert [process.returncode for process in processes] == [143, 143]
         assert (said.count("\n"), its) == (1, "")
         assert "is saved" in said
-    epochs = str(v10.load(log.with_suffix(".pt"))["state"]["step"] // 10 + 1)
+    last, previous = log.with_suffix(".pt"), log.with_suffix(".prev.pt")  # a kill may come between two renames
+    epochs = str(v10.load(last if last.exists() else previous)["state"]["step"] // 10 + 1)
     for name, more in (("two", ["--resume"]), ("straight", [])):
         both = two_processes(text, tmp_path / f"{name}.jsonl", *flags, "--epochs", epochs, *more)
         assert [process.communicate()[1] and process.returncode for process in both] == ["", ""]

@@ -337,7 +337,13 @@ def images(folder):
     return sorted(path.name for path in folder.glob("*.png"))
 
 
-def test_any_two_logs_have_files_of_their_own_also_where_capitals_do_not_count(tmp_path):
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures are files without a picture: painting is what takes the time."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: path.touch())
+
+
+def test_any_two_logs_have_files_of_their_own_also_where_capitals_do_not_count(tmp_path, unpainted):
     names = ["v10", "v10_final", "V10", "v10_ranks", "v10_2"]
     plot(*(write(tmp_path / f"{name}.jsonl", *logged([3, 2])) for name in names))
     made = images(tmp_path / "figures")
@@ -428,7 +434,7 @@ def test_make_plots_takes_names_with_spaces(report, tmp_path):
     assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
 
 
-def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn):
+def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn, unpainted):
     logs = [write(tmp_path / f"{'long ' * 18}{i}.jsonl", *logged([3, 2 + i / 30], lr=i)) for i in range(30)]
     plot_logs.start_matplotlib()
     figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs, 64)))

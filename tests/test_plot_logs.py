@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 
-import matplotlib
+import matplotlib.figure
+import matplotlib.text
 import pytest
 
 import plot_logs

@@ -96,6 +96,16 @@ def test_a_crash_at_any_moment_changes_no_record(run, straight, monkeypatch, mom
     assert [record["kind"] for record in records(log)][0] == "run"
 
 
+def test_a_crash_between_the_first_record_and_its_checkpoint_can_be_resumed(run, straight, monkeypatch):
+    expected = straight()
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "save", at_call(2, v10.save, die))
+        with pytest.raises(Killed):
+            run()
+    assert len(records(run.folder / "log.jsonl", "epoch")) == 1
+    assert_same(run("--resume"), expected)
+
+
 def test_a_run_dies_and_goes_on_inside_an_epoch(run, straight, monkeypatch):
     expected = straight(*INSIDE)
     with monkeypatch.context() as patch:

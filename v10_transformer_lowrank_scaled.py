@@ -117,14 +117,12 @@ def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
         count = Counter(words)
         words = [word if count[word] >= min_count else "<unk>" for word in words]
     vocabulary = sorted(set(words))
-    if tokenize == "words" and len(vocabulary) > len(words) / 2 and words:
-        say(f"*** {len(vocabulary):,} of the {len(words):,} words of {path} are distinct: if this is a text without "
-            "spaces, --tokenize chars fits it better")
     train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
     for name, part in (("training", train), ("validation", val)):
         if len(part) <= block_size:
             raise UserError(f"{path} gives {len(part):,} {name} tokens, and a block needs {block_size + 1:,}: "
-                            "use a longer text, a smaller --block-size or another --val-fraction")
+                            "use a longer text, a smaller --block-size or another --val-fraction"
+                            + ", or --tokenize chars if it has no spaces" * (tokenize == "words"))
     if len(vocabulary) < 2:
         raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
     try:
@@ -1198,6 +1196,9 @@ def train(args, prog, command, held, linear=None):
     files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
     train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size,
                                                                          args.tokenize, args.min_count)
+    if args.tokenize == "words" and len(vocabulary) > (len(train_tokens) + len(val_tokens)) / 2:
+        say(f"*** more than half of the words of {data.name} are distinct: if it is a text without spaces, "
+            "--tokenize chars fits it better")
     tests = [encode(read_words(path, args.tokenize)[0], vocabulary).to(device) for path in tests]
     initial = [getattr(args, "init_rank", None)] * 6 * args.n_layers
     if args.ranks_from and not args.resume:  # a checkpoint has its own

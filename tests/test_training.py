@@ -358,7 +358,10 @@ def test_bytes_may_be_any_file(run, text):
 def test_a_text_without_spaces_gets_a_hint(run, text, capsys):
     text.write_text(" ".join(f"w{i}" for i in range(2000)))
     run("--epochs", 1)
-    assert "2,000 of the 2,000 words" in capsys.readouterr().out
+    assert "more than half of the words of text.tokens are distinct" in capsys.readouterr().out
+    text.write_text("w" * 5000)
+    run("--overwrite", code=2)
+    assert "--tokenize chars if it has no spaces" in capsys.readouterr().err
 
 
 def test_words_below_the_minimal_count_become_unknown(run, text):

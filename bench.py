@@ -282,8 +282,9 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="as v10's")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: both if native")
     parser.add_argument("--compile", action="store_true", help="measure --compile too; takes minutes more")
-    parser.add_argument("--log-file", default="logs/bench.json", help="where the results go, in JSON")
-    parser.add_argument("--show", metavar="FILE", help="only print the table of earlier results")
+    path = os.path.expanduser
+    parser.add_argument("--log-file", type=path, default="logs/bench.json", help="where the results go, in JSON")
+    parser.add_argument("--show", type=path, metavar="FILE", help="only print the table of earlier results")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # elsewhere()'s
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -511,11 +511,16 @@ def readme_section(study, figures):
         f"![Losses with and without the mask]({figures}/leak.png)", END])
 
 
+def home(name):
+    """A path; a shell expands no ~ in --flag=~/name."""
+    return Path(name).expanduser()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="results.py", description="Writes the study's answers from its logs.",
                                      allow_abbrev=False)
-    parser.add_argument("--study", type=Path, default=HERE / "logs" / "reference" / "study", help="folder of its logs")
-    parser.add_argument("--out", type=Path, help="folder of RESULTS.md and figures/; default: RESULTS.md and README.md "
+    parser.add_argument("--study", type=home, default=HERE / "logs" / "reference" / "study", help="folder of its logs")
+    parser.add_argument("--out", type=home, help="folder of RESULTS.md and figures/; default: RESULTS.md and README.md "
                         "here, figures beside the logs")
     args = parser.parse_args(argv)
     try:

@@ -378,14 +378,16 @@ def main(argv=None):
     number = v10.number
     parser = v10.Parser(prog="study.py", description="Runs the study.", allow_abbrev=False,
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="logs/study", help="folder of the logs")
+    parser.add_argument("--out", type=os.path.expanduser, default="logs/study", help="folder of the logs")
     parser.add_argument("--size", choices=SIZES, default="small", help="report: v10's defaults, for a GPU")
     parser.add_argument("--seeds", type=number(int, least=1, below=len(SEEDS) + 1), default=len(SEEDS), help="how many")
     parser.add_argument("--only", nargs="+", metavar="RUN", choices=sorted({run.name for run in RUNS + LATER}),
                         help="these runs, as --list names them, and those that they need")
     parser.add_argument("--jobs", type=number(int, least=1, below=1000), default=2, help="runs side by side")
-    parser.add_argument("--data-file", default=v10.DEFAULT_DATA, help="text; a bare name is looked for in data/ too")
-    parser.add_argument("--test-file", default="wiki.valid.tokens", help="one more held-out text; '' for none")
+    parser.add_argument("--data-file", type=os.path.expanduser, default=v10.DEFAULT_DATA,
+                        help="text; a bare name is looked for in data/ too")
+    parser.add_argument("--test-file", type=os.path.expanduser, default="wiki.valid.tokens",
+                        help="one more held-out text; '' for none")
     parser.add_argument("--list", action="store_true", help="print the runs and which are done")
     parser.add_argument("--short", action="store_true", help="a minute for all: tiny models, to see that it works")
     with v10.screens():

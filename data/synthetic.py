@@ -96,7 +96,8 @@ def main(argv=None):
     parser.add_argument("--switch", type=float, default=0.01, help="chance of a new topic at a token")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="held-out share, for which the floor holds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("synthetic.tokens"))
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(),
+                        default=Path(__file__).with_name("synthetic.tokens"))
     args = parser.parse_args(argv)
     for wrong, message in ((max(args.tokens, args.words, args.topics, args.classes) > 10**9,
                             "--tokens, --words, --topics and --classes must be at most a billion"),

@@ -93,7 +93,8 @@ def write_whole(path, data):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetches and verifies WikiText-2.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: that of this script)")
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), default=Path(__file__).parent,
+                        help="folder (default: that of this script)")
     out = parser.parse_args(argv).out
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,9 @@ import time
 import pytest
 import torch
 
+import plot_logs
 import soak
+import synthetic
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 from conftest import RANKS, ROOT, SMALL, records, untimed
@@ -403,6 +405,9 @@ def test_a_tilde_in_a_flag_is_the_home_folder(run, text, monkeypatch):
     monkeypatch.setenv("HOME", str(run.folder))
     assert v10.main(["--data-file=~/text.tokens", "--log-file=~/r/a.jsonl", *SMALL, *RANKS]) == 0
     assert records(run.folder / "r" / "a.jsonl")[-1]["kind"] == "end"
+    assert plot_logs.main([str(run.folder / "r" / "a.jsonl"), "--out=~/figures"]) == 0
+    assert synthetic.main(["--tokens", "2000", "--words", "100", "--out=~/corpus.tokens"]) == 0
+    assert {"figures", "corpus.tokens"} <= {path.name for path in run.folder.iterdir()}
 
 
 def test_a_flag_that_an_older_checkpoint_does_not_know_counts_as_its_default(run, straight, capsys):

@@ -559,7 +559,7 @@ def label(text, longest=48):
     """A run's name as matplotlib shows it: plain, not too long, and in a legend whatever it begins with."""
     if len(text) > longest:
         text = text[:longest // 2] + "\N{HORIZONTAL ELLIPSIS}" + text[-longest // 2:]
-    text = "".join(letter if ord(letter) in plt.letters else "?" for letter in text)
+    text = "".join(letter if ord(letter) in letters else "?" for letter in text)
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
@@ -697,26 +697,26 @@ def figures(runs, x="epoch", report=False):
 def start_matplotlib(names=()):
     """Not before it is needed: it takes most of this script's time. The user's display settings do not count; fonts are
     chosen that have the letters of `names`, so far as the machine has such fonts."""
-    global np, plt
+    global np, plt, letters  # what figures are made with, and the letters that their fonts have
     os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
     import matplotlib.pyplot as plt
     import numpy as np
     from matplotlib import font_manager, ft2font
     matplotlib.rcdefaults()
-    wanted, families, plt.letters = set(map(ord, "".join(names))), [], set()
+    wanted, families, letters = set(map(ord, "".join(names))), [], set()
     for path in (font_manager.findfont("DejaVu Sans"), *(font.fname for font in font_manager.fontManager.ttflist)):
-        if families and wanted <= plt.letters:
+        if families and wanted <= letters:
             break
         try:
             font = ft2font.FT2Font(path)
         except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
             continue
-        if not families or (wanted - plt.letters) & {*font.get_charmap()}:
-            plt.letters |= {*font.get_charmap()}
+        if not families or (wanted - letters) & {*font.get_charmap()}:
+            letters |= {*font.get_charmap()}
             families.append(font.family_name)
     plt.rcParams["font.family"] = families
-    if missing := wanted - plt.letters:
+    if missing := wanted - letters:
         warn(f"no font on this machine has {''.join(map(chr, sorted(missing)))[:40]}: figures show ? instead")
 
 

@@ -769,20 +769,24 @@ def screen(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
 
 
+def home(name):
+    """A path; a shell expands no ~ in --flag=~/name."""
+    return Path(name).expanduser()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="plot_logs.py", description="Makes tables and figures from training logs.",
                                      allow_abbrev=False)
     parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log of v10, v7 or the report's own script")
-    parser.add_argument("--out", metavar="DIR", type=Path,
+    parser.add_argument("--out", metavar="DIR", type=home,
                         help="folder of tables.md and the figures; default: figures/ beside the first log")
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")
     parser.add_argument("--x", choices=AXES, default="epoch", help="axis of the losses (default: epoch)")
     parser.add_argument("--report", action="store_true", help="the report's own numbers beside those of each log")
-    parser.add_argument("--tensorboard", metavar="DIR", type=Path, help="also write TensorBoard event files, to DIR")
+    parser.add_argument("--tensorboard", metavar="DIR", type=home, help="also write TensorBoard event files, to DIR")
     args = parser.parse_args(argv)
     out = args.out or args.logs[0].parent / "figures"
     try:
-        out, board = out.expanduser(), args.tensorboard and args.tensorboard.expanduser()
         if not 0 < args.init_rank < 1e15:
             raise LogError("--init-rank must be a rank: at least 1")
         runs = read_logs(args.logs, args.init_rank)
@@ -796,9 +800,9 @@ def main(argv=None):
         for name, figure in figures(runs, args.x, args.report):
             save(figure, out / name)
             made.append(out / f"{name}.png")
-        if board:
-            write_tensorboard(runs, board)
-            made.append(board)
+        if args.tensorboard:
+            write_tensorboard(runs, args.tensorboard)
+            made.append(args.tensorboard)
         screen("\n".join([text, *map(str, made), str(out / "tables.md")]))
     except LogError as error:
         print(f"plot_logs.py: error: {error}", file=sys.stderr)

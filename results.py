@@ -17,7 +17,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import plot_logs  # noqa: E402
-from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, perplexity  # noqa: E402
+from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, home, perplexity  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- make results writes from here -->", "<!-- to here -->"
@@ -509,11 +509,6 @@ def readme_section(study, figures):
         BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]),
         f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), answers,
         f"![Losses with and without the mask]({figures}/leak.png)", END])
-
-
-def home(name):
-    """A path; a shell expands no ~ in --flag=~/name."""
-    return Path(name).expanduser()
 
 
 def main(argv=None):

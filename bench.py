@@ -34,7 +34,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-import v7_transformer_dense_baseline as v7  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 LARGE = 2048  # side of the large matrix product
@@ -90,18 +89,18 @@ def make_step(kind, args):
     """-> a function that does one training step of `kind`: literal, v7, compiled, or v10 at a rank, as in v10@64."""
     torch.manual_seed(0)
     device = v10.pick_device(args.device)
-    linear = v7.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
+    linear = v10.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
     config = v10.GPTConfig(args.words, args.d_model, args.n_layers, args.n_heads, 4 * args.d_model, args.block_size)
-    parts = v10.default_grad_accum(args.batch_size // v10.processes(), args.block_size, device)
+    parts = v10.default_grad_accum(args.batch_size // v10.process_count(), args.block_size, device)
     model = (LiteralGPT if kind == "literal" else v10.GPT)(config, linear).to(device)
-    model.bfloat16 = args.dtype == "bfloat16"
+    model.low_precision = args.dtype == "bfloat16"
     if kind == "literal":
         parts = 1
         for block in model.blocks:
             block.__class__ = LiteralBlock
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     else:
-        optimizer = v10.make_optimizer(model, argparse.Namespace(lr=3e-4, weight_decay=0.01))
+        optimizer = v10.make_adamw(model.parameters(), argparse.Namespace(lr=3e-4, weight_decay=0.01))
     if kind == "compiled":
         v10.compile_blocks(model)
     trained, generator = v10.parallel(model), torch.Generator().manual_seed(0)
@@ -109,8 +108,8 @@ def make_step(kind, args):
 
     def step():
         batch = v10.sample_batch(tokens, args.batch_size, args.block_size, generator)
-        loss = v10.train_step(trained, optimizer, *(part.chunk(v10.processes())[v10.process()] for part in batch),
-                              grad_accum=parts)
+        share = (whole.chunk(v10.process_count())[v10.process_index()] for whole in batch)
+        loss = v10.train_step(trained, [optimizer], *share, grad_accum=parts)
         v10.now(device)  # waits for it
         return loss
     return step
@@ -164,7 +163,7 @@ def here(kind, args):
     step()
     v10.gather("ready")
     taken = seconds(step)
-    if v10.process() == 0:
+    if v10.process_index() == 0:
         print(json.dumps([taken, v10.peak_memory_mb(v10.pick_device(args.device))]))
     v10.gather("done")
     if dist.is_initialized():
@@ -186,7 +185,7 @@ def measure(args):
     with torch.no_grad():
         blocks = [v10.Block(v10.GPTConfig(1, args.d_model, d_ff=4 * args.d_model), low_rank(args.rank))
                   for _ in range(args.n_layers)]
-        layers = [getattr(block, name).factors() for block in blocks for name in v10.PROJECTIONS]
+        layers = [layer.factors() for block in blocks for layer in block.modules() if hasattr(layer, "factors")]
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
     step = make_step(full, args)

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
-import v7_transformer_dense_baseline as v7  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py"}
@@ -114,7 +113,7 @@ class Study:
     def __init__(self, args):
         self.out, self.args, self.size = Path(args.out), args, SIZES[args.size]
         self.failed, self.stopping, self.running = [], threading.Event(), {}
-        self.defaults = base = v10.build_parser("v10").parse_args(self.size + SHORT * args.short)
+        self.defaults = base = v10.build_parser(v10.Variant()).parse_args(self.size + SHORT * args.short)
         self.search = [Run(f"search_rate{rate}_dropout{dropout}", "v7", (
             "--lr", f"{rate * base.lr:g}", "--dropout", str(dropout), "--lr-schedule", "cosine",
             "--warmup-steps", str(base.steps_per_epoch))) for rate, dropout in SEARCHED]
@@ -343,16 +342,16 @@ def measure_speed(study, rounds=9):
 
     def stepper(ranks):
         left = iter(ranks)
-        make = (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, next(left))) if ranks else v7.DenseLinear
+        make = (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, next(left))) if ranks else v10.DenseLinear
         config = v10.GPTConfig(len(vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff, args.block_size)
         model = v10.GPT(config, make).to(device)
-        model.bfloat16 = args.dtype == "bfloat16"
-        optimizer = v10.make_optimizer(model, args)
+        model.low_precision = args.dtype == "bfloat16"
+        optimizer = v10.make_adamw(model.parameters(), args)
 
         def step():
             batch = v10.sample_batch(train, args.batch_size, args.block_size, generator)
             began = v10.now(device)
-            v10.train_step(model, optimizer, *batch, grad_accum=args.grad_accum)
+            v10.train_step(model, [optimizer], *batch, grad_accum=args.grad_accum)
             return v10.now(device) - began
         return step
 
@@ -404,7 +403,7 @@ def run(parser, argv):
                 print(f"{'done' if study.done(run) else '-':5} {run.stem}")
             return 0
         study.out.mkdir(parents=True, exist_ok=True)
-        v10.handle(v10.stop)
+        v10.handle_signals(v10.interrupt)
         study.prepare()
         complete = study.all(study.runs)
         if complete:

@@ -1,7 +1,7 @@
 """Adaptive Low-Rank Training (ALRT), v10: a GPT that finds the ranks of its own linear layers while it trains.
 
 Every linear layer of the transformer's blocks is a product of two thin factors, W = U V with U (out, r) and V (r, in).
-Once an epoch each layer's stable rank is estimated,
+Once per epoch each layer's stable rank is estimated,
 
     stable_rank(W) = ||W||_F^2 / sigma_max(W)^2,
 
@@ -17,8 +17,8 @@ Spectral Rank Estimation" (December 2025); "report 2.3" below is its section 2.3
 What it is not: a way to a perplexity of 3.17. The report's attention had no causal mask, so its model saw the word
 that it had to predict. Here attention is causal unless asked otherwise, and every run begins with a check.
 
-The method comes first, down to the optimizer. Then comes what makes a run of it: safety, evaluation, several processes,
-the training loop, and the flags.
+The script has four parts: the method, after which a reader can stop; training; machinery (processes, devices, the
+screen, files); and the command line.
 
 Shapes: B batch, T tokens, C channels (d_model), R rank, V words in the vocabulary; a factored layer has m outputs and
 n inputs. Losses are in nats per token.
@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -57,90 +58,9 @@ try:
 except ImportError:  # Windows: two runs on one log go unnoticed there
     fcntl = None
 
-HERE = Path(__file__).resolve().parent
-DEFAULT_DATA = "wiki.train.tokens"
-FORMAT = "alrt-checkpoint-3"
-PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the linear layers of a block, in the order of every list in the log
-
-
-class UserError(ValueError):
-    """A mistake of the user's: main() prints it in one line and returns 2."""
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on: main() prints it in one line and returns 1."""
-
-
-TRY = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # where training diverges
-
-
-# ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
-
-def read_words(path, tokenize="words"):
-    """-> (the text's words, characters or bytes, SHA-256 of the file): whitespace-separated words, or each character
-    or byte, a byte as the character of that number. Raises UserError for what is not readable UTF-8 text; bytes may be
-    anything."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("latin-1" if tokenize == "bytes" else "utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: its byte {error.start} cannot be decoded") from None
-    if b"\0" in data and tokenize != "bytes":
-        raise UserError(f"{path} is not text: its byte {data.index(0)} is zero")
-    if tokenize != "bytes":
-        text = text.removeprefix("\ufeff")  # a byte order mark
-    return text.split() if tokenize == "words" else list(text), hashlib.sha256(data).hexdigest()
-
-
-def encode(words, vocabulary):
-    """Words -> tokens (N,); words outside the vocabulary become <unk>. Raises UserError where it has no <unk>."""
-    index = {word: i for i, word in enumerate(vocabulary)}
-    unknown = index.get("<unk>")
-    tokens = [index.get(word, unknown) for word in words]
-    if unknown is None and None in tokens:
-        word = words[tokens.index(None)]
-        raise UserError(f"{word[:40]!r} is not in the training vocabulary, which has no <unk> for it")
-    return torch.tensor(tokens, dtype=torch.long)
-
-
-def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
-    """A text file -> (training tokens, validation tokens (N,), sorted vocabulary, SHA-256 of the file, entropy floor).
-
-    Words that occur fewer than min_count times in the file become <unk>. The floor is the loss of the true generator,
-    from the sidecar of a synthetic corpus, else None. Raises UserError where a part is shorter than a block and its
-    last target.
-    """
-    words, sha256 = read_words(path, tokenize)
-    if min_count > 1:
-        count = Counter(words)
-        words = [word if count[word] >= min_count else "<unk>" for word in words]
-    vocabulary = sorted(set(words))
-    train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
-    for name, part in (("training", train), ("validation", val)):
-        if len(part) <= block_size:
-            raise UserError(f"{path} gives {len(part):,} {name} tokens, and a block needs {block_size + 1:,}: "
-                            "use a longer text, a smaller --block-size or another --val-fraction"
-                            + ", or --tokenize chars if it has no spaces" * (tokenize == "words"))
-    if len(vocabulary) < 2:
-        raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
-    try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = (sidecar["sha256"], sidecar["val_fraction"], tokenize, min_count) == (sha256, val_fraction, "words", 1)
-        floor = sidecar["entropy_floor"] if known and math.isfinite(sidecar["entropy_floor"]) else None
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        floor = None  # no sidecar, or a file that is something else
-    return train, val, vocabulary, sha256, floor
-
-
-def sample_batch(tokens, batch_size, block_size, generator):
-    """Random windows of tokens (N,) -> inputs (B, T), targets (B, T), the same one token later."""
-    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    starts = starts.to(tokens.device, non_blocking=tokens.is_cuda)
-    windows = tokens[starts + torch.arange(block_size + 1, device=tokens.device)]  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
-
+# ======================================================================================================================
+# Part 1: the method
+# ======================================================================================================================
 
 # ---- Spectra of W = U V, without W (on the CPU: the matrices are small, and not every device has decompositions) -----
 
@@ -190,15 +110,23 @@ def product_svds(factors):
         torch.set_num_threads(threads)
 
 
+class Resized(NamedTuple):
+    """Factors of another rank, and the maps that made them: U' = U A and V' = B V in the first `carried` directions;
+    the others are new, and zero in A and B."""
+
+    U: torch.Tensor  # (m, k)
+    V: torch.Tensor  # (k, n)
+    A: torch.Tensor  # (r, k)
+    B: torch.Tensor  # (k, r)
+    carried: int
+
+
 def resize_factors(U, V, k, generator, svd=None):
-    """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
+    """Factors of rank k for W = U V (report 2.4) -> Resized. `svd` is product_svd's result, if it is known already.
 
-    `svd` is product_svd's result, where it is known already.
-
-    The first `carried` directions come from the old factors, U' = U A and V' = B V; the others are new, and zero in A
-    and B. Shrinking keeps the k largest singular values and splits them evenly: U' = P_k S_k^1/2, V' = S_k^1/2 Q_k^T,
-    the best approximation of rank k (Eckart and Young); A = V V'^T S_k^-1 and B = S_k^-1 U'^T U, so no factor is
-    inverted. A direction below 1e-5 sigma_1 is rounding, not memory (in float32): it is grown afresh.
+    Shrinking keeps the k largest singular values and splits them evenly: U' = P_k S_k^1/2, V' = S_k^1/2 Q_k^T, the best
+    approximation of rank k (Eckart and Young); A = V V'^T S_k^-1 and B = S_k^-1 U'^T U, so no factor is inverted. A
+    direction below 1e-5 sigma_1 is rounding, not memory (in float32): it is grown afresh.
 
     Growing leaves the factors and W as they are, bit for bit. An SVD could only append a zero singular value, whose
     vectors in U and V are both zero and never learn. So the new rows of V are random, orthogonal to all other rows, of
@@ -217,13 +145,14 @@ def resize_factors(U, V, k, generator, svd=None):
         scale = kept_V.norm(dim=1).mean() if carried else scale
     new = k - carried
     if not new:
-        return kept_U, kept_V, A, B, carried
+        return Resized(kept_U, kept_V, A, B, carried)
     noise = torch.randn(V.shape[1], new, dtype=V.dtype, generator=generator)
     rows = scale * torch.linalg.qr(torch.cat([kept_V.mT, noise], dim=1)).Q[:, carried:].mT  # (new, n)
-    return (F.pad(kept_U, (0, new)), torch.cat([kept_V, rows]), F.pad(A, (0, new)), F.pad(B, (0, 0, 0, new)), carried)
+    return Resized(F.pad(kept_U, (0, new)), torch.cat([kept_V, rows]), F.pad(A, (0, new)), F.pad(B, (0, 0, 0, new)),
+                   carried)
 
 
-# ---- The low-rank layer ----------------------------------------------------------------------------------------------
+# ---- The low-rank layer, and its dense control -----------------------------------------------------------------------
 
 class LowRankLinearAdaptiveSpectral(nn.Module):
     """x (..., n) -> x V^T U^T (..., m), without bias (report 2.1). The rank is U's width and is stored nowhere else.
@@ -265,6 +194,26 @@ def by_columns(matrix):
     return matrix.T.contiguous().T
 
 
+class DenseLinear(nn.Linear):
+    """x (..., n) -> x W^T (..., m), without bias, with PyTorch's own initialisation."""
+
+    rank = None  # it is dense
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    @property
+    def shape(self):
+        """(m, n), the shape of W."""
+        return tuple(self.weight.shape)
+
+    def factors(self):
+        """W as a product of two matrices of full rank, I W or W I, so that the spectra above apply to it."""
+        W = self.weight.detach().cpu()
+        identity = torch.eye(min(W.shape))
+        return (identity, W) if W.shape[0] <= W.shape[1] else (W, identity)
+
+
 def side_by_side(layers, x):
     """[layer(x) for each layer]. Factored ones share the product with V: one wide product beats thin ones."""
     if not all(isinstance(layer, LowRankLinearAdaptiveSpectral) for layer in layers):
@@ -274,6 +223,16 @@ def side_by_side(layers, x):
 
 
 # ---- The rank controller ---------------------------------------------------------------------------------------------
+
+class Decision(NamedTuple):
+    """What a controller decides for a layer. The reason is `keep` (the smoothed target is within the threshold), `slew`
+    (the step was cut to max_step), `step` (it was not), `min` or `max` (the new rank is that bound)."""
+
+    rank: int
+    ema: float  # the smoothed target, for the next call
+    target: float
+    reason: str
+
 
 @dataclass(frozen=True)
 class RankController:
@@ -287,20 +246,18 @@ class RankController:
     max_rank: float = math.inf
 
     def propose(self, rank, ema, stable_rank):
-        """-> (new rank, new ema, target, reason); a pure function. `ema` is the last one, at first the initial rank.
-
-        The reason: `keep` (the smoothed target is within the threshold), `slew` (the step was cut to max_step), `step`
-        (it was not), `min` or `max` (the new rank is that bound).
-        """
+        """-> Decision; a pure function. `ema` is the last one, at first the initial rank."""
         target = min(max(self.safety_factor * stable_rank, self.min_rank), self.max_rank)
         ema = self.ema_decay * ema + (1 - self.ema_decay) * target
         d = ema - rank
         if abs(d) < self.change_threshold:
-            return rank, ema, target, "keep"
+            return Decision(rank, ema, target, "keep")
         new = rank + min(max(round(d), -self.max_step), self.max_step)
-        if not self.min_rank < new < self.max_rank:
-            return (self.min_rank, ema, target, "min") if new <= self.min_rank else (self.max_rank, ema, target, "max")
-        return new, ema, target, "slew" if abs(round(d)) > self.max_step else "step"
+        if new <= self.min_rank:
+            return Decision(self.min_rank, ema, target, "min")
+        if new >= self.max_rank:
+            return Decision(self.max_rank, ema, target, "max")
+        return Decision(new, ema, target, "slew" if abs(round(d)) > self.max_step else "step")
 
 
 # ---- The model: a pre-LayerNorm GPT (report 3.1) ---------------------------------------------------------------------
@@ -356,6 +313,310 @@ class Block(nn.Module):
         x = x + self.drop(self.attend(self.norm_1(x)))
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
 
+
+class GPT(nn.Module):
+    """Tokens (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross entropy, a scalar.
+
+    `linear(n, m)` makes the linear layers of its blocks. What does not depend on it is drawn first, so that models of
+    one seed share it bit for bit.
+    """
+
+    def __init__(self, config, linear):
+        super().__init__()
+        self.config = config
+        self.low_precision = False  # products under bfloat16 autocast; parameters and loss stay in float32
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.block_size, config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.n_layers))
+
+    def features(self, tokens):
+        """(B, T) -> (B, T, C), what the head sees."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.low_precision):
+            x = self.drop(self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]])  # (B, T, C)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x)
+
+    def logits(self, x):
+        """(B, T, C) -> (B, T, V) in float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low_precision):
+            return self.head(x).float()
+
+    def forward(self, tokens, targets=None):
+        x = self.features(tokens)
+        if targets is None:
+            return self.logits(x)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
+                                        torch.bfloat16 if self.low_precision else x.dtype, torch.is_grad_enabled())
+
+    def linears(self):
+        """{name: layer} of the linear layers in the blocks, as in 0.q, in the order of every list in the log."""
+        return {name: module for name, module in self.blocks.named_modules() if hasattr(module, "factors")}
+
+    def ranks(self):
+        """The ranks of the factored layers, in the same order; [] for a dense model."""
+        return [layer.rank for layer in self.linears().values() if layer.rank is not None]
+
+
+def count_parameters(*modules):
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Within it the model drops nothing and keeps no graph; after it, it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def leak_check(model):
+    """Can a position see later ones? Change the tokens after a position and compare the logits up to it, three times.
+
+    -> {"leaks": bool, "max_change": the largest change of a logit over the largest logit}.
+    """
+    T, n_words, device = model.config.block_size, model.config.vocab_size, model.head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(n_words, (1, T), generator=generator).repeat(4, 1)
+    last_kept = (0, T // 2 - 1, T - 2)
+    for row, t in enumerate(last_kept, start=1):
+        tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
+    change = largest = 0.0
+    tile = max(1, LOGITS_BYTES // (16 * n_words))  # positions: with a large vocabulary not all logits fit at once
+    with evaluation_mode(model):
+        x = model.features(tokens.remainder(n_words).to(device))  # (4, T, C)
+        for i in range(0, T, tile):
+            original, *changed = model.logits(x[:, i:i + tile])  # (tile, V) each
+            largest = max(largest, original.abs().max().item())
+            change = max([change, *((logits - original)[:t + 1 - i].abs().max().item()
+                                    for logits, t in zip(changed, last_kept, strict=True) if i <= t)])
+    change /= largest
+    return {"leaks": change > (1e-3 if model.low_precision else 1e-5), "max_change": change}
+
+
+# ---- The optimizer, and what becomes of it when a rank changes -------------------------------------------------------
+
+def make_adamw(parameters, args):
+    """AdamW with weight decay on all of these parameters, as in the report (3.2).
+
+    `moments` is what transport_moments asks of any optimizer: which of its states are moments of a parameter's
+    gradient, and the power of the gradient that they average.
+    """
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
+                                  fused=parameters[0].device.type in ("cpu", "cuda"))
+    optimizer.moments = {"exp_avg": 1, "exp_avg_sq": 2}
+    return optimizer
+
+
+def learning_rate(step, rate, args):
+    """The learning rate of step 0, 1, 2, ... for a parameter group whose own is `rate`, in three phases."""
+    # 1) linear warm-up from rate / warmup_steps to rate
+    if step < args.warmup_steps:
+        return rate * (step + 1) / args.warmup_steps
+    # 2) then constant
+    if args.lr_schedule == "constant":
+        return rate
+    # 3) or half a cosine from rate to 0 at the end of the run
+    done = (step - args.warmup_steps) / (args.epochs * args.steps_per_epoch - args.warmup_steps)
+    return rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def transport_moments(optimizer, layer, A, B, carried):
+    """Carry an optimizer's moments to the factors that a layer has been given; A, B and carried are Resized's.
+
+    With G = dL/dW, dL/dU = G V^T and dL/dV = U^T G. For U' = U A and V' = B V these become (dL/dU) B^T and A^T (dL/dV),
+    so m_U' = m_U B^T and m_V' = A^T m_V are exact first moments for the same history of G. Second moments have no exact
+    rule; mapping them by the squared entries of A and B is a heuristic. A new direction gets first moment zero and the
+    mean second moment of the others: under an old step count, zeros would make Adam's first steps several times lr.
+    Fused AdamW asks that moments lie in memory as their parameter does, and would mix them up without a word.
+    """
+    for parameter, carry, dim in ((layer.U, lambda moment, power: moment @ B.pow(power).mT, 1),
+                                  (layer.V, lambda moment, power: A.pow(power).mT @ moment, 0)):
+        state = optimizer.state.get(parameter, {})
+        for name in state.keys() & optimizer.moments.keys():
+            power, old = optimizer.moments[name], state[name].cpu()
+            moment = carry(old, power)
+            if power == 2:
+                known = moment.narrow(dim, 0, carried) if carried else old
+                moment.narrow(dim, carried, moment.shape[dim] - carried).copy_(known.mean(dim, keepdim=True))
+            state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
+
+
+NO_UPDATE = {"stable_ranks": [], "stable_ranks_exact": [], "targets": [], "ema": [], "reasons": []}
+
+
+def update_ranks(layers, controllers, ema, optimizers, args, generator):
+    """Measure each layer; if there are controllers, let them decide, and resize.
+
+    -> (what the log keeps of it, how many layers were resized). Process 0 does the work and shares the new factors.
+    """
+    update, resized = once(plan_ranks, layers, controllers, ema, args.power_iterations, generator)
+    for i, (U, V, *maps) in resized.items():
+        layers[i].set_factors(U, V)
+        if args.optimizer_on_resize == "transport":
+            for optimizer in optimizers:
+                transport_moments(optimizer, layers[i], *maps)
+    if resized and args.optimizer_on_resize == "reinit":
+        for optimizer in optimizers:
+            optimizer.state.clear()  # report A.2: the state of every parameter is lost
+    return update, len(resized)
+
+
+def plan_ranks(layers, controllers, ema, power_iterations, generator):
+    """update_ranks without its effects -> (what the log keeps, {index of a layer: Resized})."""
+    factors = [layer.factors() for layer in layers]
+    if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # a bound of ||W||_F^2
+        raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {TRY}")
+    svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
+    exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
+    measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
+    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": exact}
+    if not controllers:
+        return update, {}
+    decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
+                 in zip(controllers, layers, ema, measured, strict=True)]
+    update |= {"targets": [d.target for d in decisions], "ema": [d.ema for d in decisions],
+               "reasons": [d.reason for d in decisions]}
+    return update, {i: resize_factors(*factors[i], decision.rank, generator, svds[i])
+                    for i, decision in enumerate(decisions) if decision.rank != layers[i].rank}
+
+
+# ---- What a variant may replace --------------------------------------------------------------------------------------
+
+class Variant:
+    """v10 itself. A subclass replaces what it wants; everything else is shared: `main(variant=Mine())`.
+
+    A linear layer has `shape` (m, n), `rank` (None if it is dense) and `factors()`; a factored one also the Parameters
+    `U` and `V`, and `set_factors`, as above. An optimizer has `moments`, as in make_adamw.
+    """
+
+    name = "v10_transformer_lowrank_scaled.py"
+    log_file = "logs/v10.jsonl"
+    description = "Trains a GPT whose linear layers find their own ranks."
+
+    def add_flags(self, parser):
+        """Flags beyond those that all variants share."""
+        add_rank_flags(parser)
+
+    def linear(self, n, m, rank):
+        """A linear layer with n inputs and m outputs, at the start of a run or with the rank that a checkpoint has."""
+        return LowRankLinearAdaptiveSpectral(n, m, rank)
+
+    def controllers(self, layers, args):
+        """An object with `propose` for each layer; [] if ranks stay."""
+        return [] if args.fixed_rank else [
+            RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
+                           min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
+
+    def make_optimizers(self, model, args):
+        """Optimizers that together have every parameter once."""
+        return [make_adamw(model.parameters(), args)]
+
+
+# ======================================================================================================================
+# Part 2: training
+# ======================================================================================================================
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_DATA = "wiki.train.tokens"
+
+
+class UserError(ValueError):
+    """A mistake of the user's: main() prints it in one line and returns 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: main() prints it in one line and returns 1."""
+
+
+TRY = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if training diverges
+
+
+# ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
+
+def read_words(path, tokenize="words"):
+    """-> (the text's words, characters or bytes, SHA-256 of the file): whitespace-separated words, or each character
+    or byte, a byte as the character of that number. Raises UserError for what is not readable UTF-8 text; bytes may be
+    anything."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("latin-1" if tokenize == "bytes" else "utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: its byte {error.start} cannot be decoded") from None
+    if b"\0" in data and tokenize != "bytes":
+        raise UserError(f"{path} is not text: its byte {data.index(0)} is zero")
+    if tokenize != "bytes":
+        text = text.removeprefix("\ufeff")  # a byte order mark
+    return text.split() if tokenize == "words" else list(text), hashlib.sha256(data).hexdigest()
+
+
+def encode(words, vocabulary):
+    """Words -> tokens (N,); words outside the vocabulary become <unk>. Raises UserError where it has no <unk>."""
+    index = {word: i for i, word in enumerate(vocabulary)}
+    unknown = index.get("<unk>")
+    tokens = [index.get(word, unknown) for word in words]
+    if unknown is None and None in tokens:
+        word = words[tokens.index(None)]
+        raise UserError(f"{word[:40]!r} is not in the training vocabulary, which has no <unk> for it")
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+class Corpus(NamedTuple):
+    """A text, ready for training."""
+
+    train: torch.Tensor  # tokens (N,)
+    val: torch.Tensor  # tokens (N,)
+    vocabulary: list[str]  # sorted
+    sha256: str  # of the file
+    entropy_floor: float | None  # the loss of the true generator, if the text is synthetic
+
+
+def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
+    """A text file -> Corpus. Words that occur fewer than min_count times in the file become <unk>.
+
+    Raises UserError if a part is shorter than a block and its last target.
+    """
+    words, sha256 = read_words(path, tokenize)
+    if min_count > 1:
+        count = Counter(words)
+        words = [word if count[word] >= min_count else "<unk>" for word in words]
+    vocabulary = sorted(set(words))
+    train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
+    hint = ", or --tokenize chars if it has no spaces" if tokenize == "words" else ""
+    for name, tokens in (("training", train), ("validation", val)):
+        if len(tokens) <= block_size:
+            raise UserError(f"{path} gives {len(tokens):,} {name} tokens, and a block needs {block_size + 1:,}: "
+                            f"use a longer text, a smaller --block-size or another --val-fraction{hint}")
+    if len(vocabulary) < 2:
+        raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
+    try:
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        known = (sidecar["sha256"], sidecar["val_fraction"], tokenize, min_count) == (sha256, val_fraction, "words", 1)
+        floor = sidecar["entropy_floor"] if known and math.isfinite(sidecar["entropy_floor"]) else None
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        floor = None  # no sidecar, or a file that is something else
+    return Corpus(train, val, vocabulary, sha256, floor)
+
+
+def sample_batch(tokens, batch_size, block_size, generator):
+    """Random windows of tokens (N,) -> inputs (B, T), targets (B, T), the same one token later."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+    starts = starts.to(tokens.device, non_blocking=tokens.is_cuda)
+    windows = tokens[starts + torch.arange(block_size + 1, device=tokens.device)]  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ---- The loss, in tiles of logits ------------------------------------------------------------------------------------
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
@@ -416,485 +677,38 @@ def add_product(total, a, b, first):
         total.copy_(a @ b) if first else total.add_(a @ b)
 
 
-class GPT(nn.Module):
-    """Tokens (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross entropy, a scalar.
+# ---- One step, and evaluation ----------------------------------------------------------------------------------------
 
-    What does not depend on `linear` is drawn first, so that models of one seed share it bit for bit.
+def train_step(model, optimizers, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
+    """One step of the optimizers on inputs and targets (B, T), in grad_accum parts -> total + loss, free of its graph:
+    factors may be replaced next. `model` is what parallel() returned.
+
+    From the first loss or gradient on that is not finite, the result is not finite either, and the model and the
+    optimizers stay as they were. Fused optimizers are told so on the device, so that no step has to wait for an answer.
     """
+    loss = torch.zeros((), device=x.device)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    for i, part in enumerate(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True), start=1):
+        silent = i < grad_accum and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if silent else contextlib.nullcontext():  # gradients are exchanged once per step
+            part_loss = model(*part) / grad_accum
+            part_loss.backward()
+        loss += part_loss.detach()
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    total = total + loss + 0 * norm  # 0 times what is not finite is NaN
+    finite = torch.isfinite(total)
+    for optimizer in optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # PyTorch's mark of those that look at found_inf
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+        elif finite:
+            optimizer.step()
+    return total
 
-    def __init__(self, config, linear):
-        super().__init__()
-        self.config = config
-        self.bfloat16 = False  # run the forward pass under bfloat16 autocast; parameters and loss stay in float32
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = nn.Embedding(config.block_size, config.d_model)
-        self.head = nn.Linear(config.d_model, config.vocab_size)
-        self.norm = nn.LayerNorm(config.d_model)
-        self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.n_layers))
 
-    def features(self, tokens):
-        """(B, T) -> (B, T, C), what the head sees."""
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x = self.drop(self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]])  # (B, T, C)
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)
-
-    def logits(self, x):
-        """(B, T, C) -> (B, T, V) in float32."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.head(x).float()
-
-    def forward(self, tokens, targets=None):
-        x = self.features(tokens)
-        if targets is None:
-            return self.logits(x)
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
-                                        torch.bfloat16 if self.bfloat16 else x.dtype, torch.is_grad_enabled())
-
-    def linears(self):
-        """{name: layer} of the linear layers, block by block, each in the order of PROJECTIONS."""
-        return {f"{i}.{name}": getattr(block, name) for i, block in enumerate(self.blocks) for name in PROJECTIONS}
-
-    def ranks(self):
-        """The ranks of the factored layers, in the same order; [] for a dense model."""
-        return [layer.rank for layer in self.linears().values() if isinstance(layer, LowRankLinearAdaptiveSpectral)]
-
-
-def count_parameters(*modules):
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-@torch.no_grad()
-def leak_check(model):
-    """Can a position see later ones? Change the tokens after a position and compare the logits up to it, three times.
-
-    -> {"leaks": bool, "max_change": the largest change of a logit over the largest logit}.
-    """
-    T, n_words, device = model.config.block_size, model.config.vocab_size, model.head.weight.device
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(n_words, (1, T), generator=generator).repeat(4, 1)
-    last_kept = (0, T // 2 - 1, T - 2)
-    for row, t in enumerate(last_kept, start=1):
-        tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
-    model.eval()
-    x = model.features(tokens.remainder(n_words).to(device))  # (4, T, C)
-    change = largest = 0.0
-    tile = max(1, LOGITS_BYTES // (16 * n_words))  # positions: with a large vocabulary not all logits fit at once
-    for i in range(0, T, tile):
-        original, *changed = model.logits(x[:, i:i + tile])  # (tile, V) each
-        largest = max(largest, original.abs().max().item())
-        change = max([change, *((logits - original)[:t + 1 - i].abs().max().item()
-                                for logits, t in zip(changed, last_kept, strict=True) if i <= t)])
-    model.train()
-    change /= largest
-    return {"leaks": change > (1e-3 if model.bfloat16 else 1e-5), "max_change": change}
-
-
-# ---- The optimizer, and what becomes of it when a rank changes -------------------------------------------------------
-
-def make_optimizer(model, args):
-    """AdamW over all parameters, weight decay included, as in the report (3.2)."""
-    fused = model.head.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=fused)
-
-
-def learning_rate(step, args):
-    """The learning rate of step 0, 1, 2, ..., in three phases."""
-    # 1) linear warm-up from lr / warmup_steps to lr
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    # 2) then constant
-    if args.lr_schedule == "constant":
-        return args.lr
-    # 3) or half a cosine from lr to 0 at the end of the run
-    done = (step - args.warmup_steps) / (args.epochs * args.steps_per_epoch - args.warmup_steps)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def transport_moments(optimizer, layer, A, B, carried):
-    """Carry AdamW's moments to the factors that a layer has been given; A, B and carried are resize_factors'.
-
-    With G = dL/dW, dL/dU = G V^T and dL/dV = U^T G. For U' = U A and V' = B V these become (dL/dU) B^T and A^T (dL/dV),
-    so m_U' = m_U B^T and m_V' = A^T m_V are exact first moments for the same history of G. Second moments have no exact
-    rule; mapping them by the squared entries of A and B is a heuristic. A new direction gets first moment zero and the
-    mean second moment of the others: under an old step count, zeros would make Adam's first steps several times lr.
-    Fused AdamW asks that moments lie in memory as their parameter does, and would mix them up without a word.
-    """
-    for parameter, carry, dim in ((layer.U, lambda moment, power: moment @ B.pow(power).mT, 1),
-                                  (layer.V, lambda moment, power: A.pow(power).mT @ moment, 0)):
-        state = optimizer.state.get(parameter)
-        if state:
-            old = state["exp_avg_sq"].cpu()
-            first, second = carry(state["exp_avg"].cpu(), 1), carry(old, 2)
-            known = second.narrow(dim, 0, carried) if carried else old
-            second.narrow(dim, carried, second.shape[dim] - carried).copy_(known.mean(dim, keepdim=True))
-            state["exp_avg"], state["exp_avg_sq"] = (torch.empty_like(parameter, requires_grad=False).copy_(moment)
-                                                     for moment in (first, second))
-
-
-NO_UPDATE = {"stable_ranks": [], "stable_ranks_exact": [], "targets": [], "ema": [], "reasons": []}
-
-
-def update_ranks(layers, controllers, ema, optimizer, args, generator):
-    """Measure each layer; where there are controllers, let them decide, and resize. Updates the list `ema` in place.
-
-    -> (what the log keeps of it, how many layers were resized). Process 0 does the work and shares the new factors.
-    """
-    update, resized = once(lambda: plan_ranks(layers, controllers, ema, args.power_iterations, generator))
-    if controllers:
-        ema[:] = update["ema"]
-    for i, (U, V, *maps) in resized.items():
-        layers[i].set_factors(U, V)
-        if args.optimizer_on_resize == "transport":
-            transport_moments(optimizer, layers[i], *maps)
-    if resized and args.optimizer_on_resize == "reinit":
-        optimizer.state.clear()  # report A.2: the state of every parameter is lost
-    return update, len(resized)
-
-
-def plan_ranks(layers, controllers, ema, power_iterations, generator):
-    """update_ranks without its effects -> (what the log keeps, {index of a layer: resize_factors' result})."""
-    factors = [layer.factors() for layer in layers]
-    if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # a bound of ||W||_F^2
-        raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {TRY}")
-    svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
-    exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
-    measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
-    update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": exact}
-    if not controllers:
-        return update, {}
-    decisions = [controller.propose(layer.rank, *values) for controller, layer, *values
-                 in zip(controllers, layers, ema, measured, strict=True)]
-    ranks, update["ema"], update["targets"], update["reasons"] = map(list, zip(*decisions, strict=True))
-    return update, {i: resize_factors(*factors[i], rank, generator, svds[i]) for i, rank in enumerate(ranks)
-                    if rank != layers[i].rank}
-
-
-# ---- Safety: interruptions, the log, checkpoints, numbers ------------------------------------------------------------
-
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-           if hasattr(signal, name)]  # Ctrl-C, a batch system or a launcher, a closed terminal, a scheduler's warnings
-
-
-def handle(handler):
-    """Give all SIGNALS a handler but those that the process has to ignore, as under nohup -> {signal: the old one}."""
-    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """Within it a signal is only noted, in the list that it yields, so that the step can end and be saved. A signal may
-    come several times, from a batch system and from a launcher, Ctrl-C too: only a Ctrl-C that comes a second or more
-    after the first signal is impatience, and ends the process at once, by the system's own hand."""
-    received, times = [], []
-
-    def note(number, frame):
-        times.append(time.monotonic())
-        if number == signal.SIGINT and times[-1] - times[0] >= 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not received and process() == 0:
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nsaving after this step, then stopping; another Ctrl-C stops at once\n")
-        received.append(number)
-
-    handlers = handle(note)
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, (lambda *_: None) if received else handler)  # main() puts the old ones back
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turns the system's refusal to write into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
-
-
-class Files(NamedTuple):
-    """What a run writes: its log, the last checkpoint, the one before it, and the model of lowest validation loss."""
-
-    log: Path
-    last: Path
-    previous: Path
-    best: Path
-
-    @classmethod
-    def named(cls, args, *data):
-        """As the flags have it; beside a checkpoint that is a link, the other ones lie where it points to. Raises
-        UserError where a name is none, a folder's, or that of a `data` file."""
-        for flag, name in (("--log-file", args.log_file), ("--checkpoint", args.checkpoint)):
-            if name is not None and not Path(name).name:
-                raise UserError(f"{flag} needs the name of a file")
-        log = Path(args.log_file)
-        last = Path(args.checkpoint or log.with_name(log.name.removesuffix(".jsonl") + ".pt"))
-        if not args.checkpoint and args.resume and log.exists() and not last.exists():
-            last = log.with_suffix(".pt") if log.with_suffix(".pt").exists() else last  # its name in older versions
-        last = Path(os.path.realpath(last)) if last.is_symlink() else last
-        files = cls(log, last, *(last.with_suffix(kind + last.suffix) for kind in (".prev", ".best")))
-        for path in files:
-            if path.exists() and not path.is_file() or Path("/dev") in path.absolute().parents:
-                raise UserError(f"cannot write {path}: " + ("Is a directory" if path.is_dir() else "not a plain file"))
-        if len({path.resolve() for path in (*files, *data)}) < len((*files, *data)):
-            raise UserError("--log-file, --checkpoint and the data need different names")
-        return files
-
-    def claim(self, held):
-        """Lock the log and the checkpoint until the ExitStack `held` ends, or the process, however it does. Raises
-        UserError where another run has one, where the log is none, or where a file cannot be written."""
-        log = lock(self.log, held, self.log)
-        log.seek(0)
-        if not b'{"kind": "run"'.startswith(log.read(14)):
-            raise UserError(f"{self.log} is not a log of this suite: choose another --log-file")
-        for path in (self.last, self.previous, self.best):  # each of them: c.pt is the best of one, the last of another
-            lock(path.with_name(path.name + ".lock"), held, path)
-        with writing(self.last):
-            temporary(self.last).touch()
-            for path in (self.last, self.best):
-                temporary(path).unlink(missing_ok=True)
-
-    def make_way(self, checkpoint):
-        """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left,
-        its log last, so that what a crash leaves can always be resumed."""
-        with writing(self.last):
-            for path in () if checkpoint else (self.previous, self.best, self.last):
-                path.unlink(missing_ok=True)
-            if self.log.stat().st_size:
-                os.truncate(self.log, checkpoint["log_bytes"] if checkpoint else 0)
-
-
-def lock(path, held, name):
-    """Open a file, made if there is none, and lock it until the ExitStack `held` ends, which removes it if it is empty
-    -> the open file. Raises UserError if another run has locked it, which then is writing the file `name`."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(9):  # the run that held it may just be removing it
-            file = open(path, "a+b")
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise UserError(f"another run is writing {name}: wait for it, or choose another --log-file or "
-                                "--checkpoint") from None
-            except OSError:  # a file system without locks
-                pass
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break
-            file.close()
-    held.enter_context(file)
-
-    def remove():
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            if not path.stat().st_size:
-                path.unlink()
-    held.callback(remove)
-    return file
-
-
-def temporary(path):
-    """Where a file is written before it gets its name."""
-    return path.with_name(path.name + ".tmp")
-
-
-def write_record(path, kind, **fields):
-    """Append a line of JSON to the log, through to the disk. NaN and Infinity raise ValueError, a disk that does not
-    take it UserError; the log then stays as it was."""
-    line = json.dumps({"kind": kind, **fields}, allow_nan=False).encode() + b"\n"
-
-    def append():
-        with writing(path), open(path, "ab", buffering=0) as log:
-            size, left = log.tell(), line
-            try:
-                while left:
-                    left = left[log.write(left):]
-                os.fsync(log.fileno())
-            except OSError:
-                log.truncate(size)
-                raise
-    once(append)
-
-
-SEAL = b"\nalrt sha256 "  # a checkpoint ends with this and the SHA-256 of what is before: torch.load has no checksum
-
-
-def sha256_of(file, size):
-    """The SHA-256, in hexadecimal, of the first `size` bytes of an open file."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    for start in range(0, size, 2**20):
-        digest.update(file.read(min(size - start, 2**20)))
-    return digest.hexdigest().encode()
-
-
-def save(path, content, previous=None):
-    """torch.save with a seal, by process 0. A crash leaves no half file under `path`; the file that was there becomes
-    `previous`. Raises UserError where the disk does not take it; what was there then stays."""
-    def write():
-        with writing(path):
-            try:
-                with open(temporary(path), "w+b") as file:
-                    torch.save(content, file)
-                    file.write(SEAL + sha256_of(file, file.tell()))
-                    file.flush()
-                    os.fsync(file.fileno())
-                if previous and path.exists():
-                    os.replace(path, previous)
-                os.replace(temporary(path), path)
-            except (OSError, RuntimeError) as error:  # torch.save, cut off by the disk, ends with an error of its own
-                temporary(path).unlink(missing_ok=True)
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    once(write)
-
-
-def load(path):
-    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else."""
-    try:
-        with open(path, "rb") as file:
-            size = max(file.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
-            file.seek(size)
-            sealed, seal = file.read(len(SEAL)) == SEAL, file.read()
-            if sealed and seal != sha256_of(file, size):
-                raise UserError(f"{path} is damaged: its checksum is wrong")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["format"]
-    except Exception:  # torch.load raises whatever foreign bytes lead to
-        found = None
-    if sealed and found == FORMAT:
-        return content
-    if isinstance(found, str) and found.startswith("alrt-checkpoint-") and found != FORMAT:
-        raise UserError(f"{path} is of another version of this suite: {found}, where this one reads {FORMAT}")
-    raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
-
-
-def resume_point(args, settings, defaults, files):
-    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None.
-    `defaults` are the flags' and count for those that an older checkpoint does not know."""
-    log, last, previous, _ = files
-    found = [path for path in files if path.exists() and path.stat().st_size]
-    if not args.resume:
-        if found and not args.overwrite:
-            raise UserError(f"{found[0]} exists: --resume continues its run, --overwrite replaces it, "
-                            "--log-file NAME writes elsewhere")
-        return None
-    if not found:
-        say(f"nothing to resume yet, there is no {log} and no {last}: starting")
-        return None
-    if last not in found and previous not in found:
-        epochs = sum(line.startswith(b'{"kind": "epoch"') for line in log.read_bytes().splitlines())
-        if epochs or found != [log]:
-            raise UserError(f"{log} has {epochs} finished epochs, but there is no checkpoint {last} to go on from: "
-                            "--checkpoint names another one, --overwrite starts over")
-        say(f"{log} has no checkpoint and no finished epoch yet: starting over")
-        return None
-    if last not in found:  # a crash between two renames, or the user's choice
-        say(f"{last} is missing: going on from the one before it, {previous}")
-        last = previous
-    try:
-        checkpoint = load(last)
-    except UserError as error:
-        with contextlib.suppress(UserError):  # `previous` may be missing, or as bad
-            step = load(previous)["state"]["step"]
-            error = UserError(f"{error}; the one before it, {previous}, is good: remove {last}, and --resume goes on "
-                              f"from step {step:,}")
-        raise error from None
-    if "settings" not in checkpoint:
-        raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
-    old = defaults | checkpoint["settings"]
-    free = ("epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
-            "device", "processes", *["dtype"] * (args.dtype == "auto"), *["grad_accum"] * (args.grad_accum is None))
-    changed = [f"{name} was {old[name]} and is now {value}" for name, value in settings.items()
-               if name not in free and value != old[name]]
-    if changed:
-        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs, "
-                        "--checkpoint-minutes, the device and the number of processes may change")
-    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
-        raise UserError(f"{last} is already past --epochs {args.epochs}")
-    if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
-        raise UserError(f"{log} is missing, or shorter than when {last} was written")
-    if args.lr_schedule == "cosine" and args.epochs != old["epochs"]:
-        say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
-    for name, what in (("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}")):
-        if settings[name] != old[name]:
-            say(f"*** going on {what.format(settings[name], old[name])}: the run is no longer bit for bit the one that "
-                "was never interrupted")
-    return checkpoint
-
-
-def check_finite(loss, epoch, step, last):
-    """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
-    if not math.isfinite(loss):
-        raise TrainingError(f"epoch {epoch}, step {step}: a loss or its gradient is not finite: in a new run, {TRY}"
-                            + f". {last} keeps the last good state" * last.exists())
-
-
-# ---- Models in files -------------------------------------------------------------------------------------------------
-
-def build_model(content, linear=None):
-    """The model of a checkpoint's content. `linear(n, m)` makes its linear layers; by default factored ones of the
-    ranks in it, and plain nn.Linear where there are none (v7)."""
-    try:
-        ranks = iter(content["ranks"])
-        if linear is None and content["ranks"]:
-            linear = lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))  # noqa: E731
-        model = GPT(GPTConfig(**content["config"]), linear or (lambda n, m: nn.Linear(n, m, bias=False)))
-        model.load_state_dict(content["model"])
-    except Exception as error:  # sealed, but not by this code
-        raise UserError(f"the checkpoint does not hold a model of this suite ({type(error).__name__})") from None
-    return model
-
-
-def load_model(path):
-    """A checkpoint of v10 or v7, last or best -> (model in evaluation mode, on the CPU; its vocabulary)."""
-    content = load(Path(path))
-    return build_model(content).eval(), content["vocabulary"]
-
-
-@torch.no_grad()
-def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0, top_k=None):
-    """Continue a text by n_tokens sampled tokens -> the whole text; greedily at temperature 0, else from the top_k
-    likeliest (all by default). Unknown words become <unk>. Raises UserError for what makes no sense.
-
-    A bidirectional model has learnt to copy what comes next; with nothing there, its words mean nothing.
-    """
-    kind = model.config.tokenize
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature {temperature} is not a number of 0 or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k {top_k} is not 1 or more")
-    text = text.encode("utf-8").decode("latin-1") if kind == "bytes" else text
-    tokens = encode(text.split() if kind == "words" else list(text), vocabulary)[None].to(model.head.weight.device)
-    if not tokens.numel():
-        raise UserError("generate needs at least one token to continue")
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(n_tokens):
-        logits = model(tokens[:, -model.config.block_size:])[:, -1].cpu()  # (1, V)
-        best, words = logits.topk(min(top_k or len(vocabulary), len(vocabulary)) if temperature else 1)
-        p = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)
-        word = words.gather(1, torch.multinomial(p, 1, generator=generator))
-        tokens = torch.cat([tokens, word.to(tokens.device)], dim=1)
-    text = (" " if kind == "words" else "").join(vocabulary[i] for i in tokens[0])
-    return text.encode("latin-1").decode("utf-8", errors="replace") if kind == "bytes" else text
-
-
-def dense_weights(model):
-    """{name: W (m, n)} of the linear layers, for use elsewhere: the product U V where a layer is factored."""
-    return {name: layer.weight.detach() if isinstance(layer, nn.Linear) else (layer.U @ layer.V).detach()
-            for name, layer in model.linears().items()}
-
-
-# ---- Evaluation, time and memory -------------------------------------------------------------------------------------
-
-@torch.no_grad()
 def evaluate(model, tokens, batch_size):
     """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
     be seen by an unmasked model), every token but the first predicted once. The processes share the batches."""
@@ -902,9 +716,8 @@ def evaluate(model, tokens, batch_size):
     full = (len(tokens) - 1) // T * T
     batches = list(zip(tokens[:full].view(-1, T).split(batch_size), tokens[1:full + 1].view(-1, T).split(batch_size),
                        strict=True)) + [(tokens[None, full:-1], tokens[None, full + 1:])]
-    model.eval()
-    losses = [(model(x, y), y.numel()) for x, y in batches[process()::processes()] if y.numel()]
-    model.train()
+    with evaluation_mode(model):
+        losses = [(model(x, y), y.numel()) for x, y in batches[process_index()::process_count()] if y.numel()]
     return sum(gather(sum(loss.item() * n for loss, n in losses))) / (len(tokens) - 1)
 
 
@@ -917,124 +730,362 @@ def best_epoch(epochs):
     return min(epochs, key=lambda epoch: epoch["val_loss"])
 
 
-def device_name(device):
-    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name() if device.type == "cuda" else threads
+def check_finite(loss, step, args, last):
+    """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
+    if not math.isfinite(loss):
+        kept = f". {last} keeps the last good state" if last.exists() else ""
+        raise TrainingError(f"epoch {(step - 1) // args.steps_per_epoch + 1}, step {step}: a loss or its gradient is "
+                            f"not finite: in a new run, {TRY}{kept}")
 
 
-def peak_memory_mb(device):
-    """The most memory that the run has used, on the GPU for CUDA, else by the process; None where it cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:  # not ru_maxrss: it inherits the peak of the process that started this one
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    except (OSError, IndexError):  # not Linux
-        return torch.mps.driver_allocated_memory() / 2**20 if device.type == "mps" else None
+# ---- A run: what it is made of ---------------------------------------------------------------------------------------
+
+@dataclass
+class EpochState:
+    """What has come of the epoch that is going on."""
+
+    loss_sum: list[float] = field(default_factory=lambda: [0.0])  # over its steps, in each process
+    time_sec: float = 0.0  # training and rank control
+    rank_sec: float = 0.0
+    resized: int = 0  # layers
+    update: dict = field(default_factory=lambda: dict(NO_UPDATE))  # its last rank update, as the log has it
 
 
-def now(device):
-    """Seconds on a running clock, read once the device has caught up."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-    return time.perf_counter()
+@dataclass
+class TrainState:
+    """What a run carries from step to step, and its checkpoints from one start to the next."""
+
+    ema: list[float]  # of the controllers
+    step: int = 0  # steps taken
+    seconds: float = 0.0  # since the run began, without those in which it was interrupted
+    epochs: list[dict] = field(default_factory=list)  # the records of those that have ended
+    part: EpochState = field(default_factory=EpochState)  # of the next one
 
 
-class Progress:
-    """One tqdm bar for the whole run, or where there is no terminal a plain line every half minute; after the first
-    steps, how long the run will take. `overhead` is the share that evaluation adds to the time of the steps."""
+@dataclass
+class Request:
+    """What a command line asks for, once it is known to make sense."""
 
-    def __init__(self, done, total, overhead):
-        self.bar = tqdm(total=total, initial=done, disable=process() > 0 or None, unit="step", dynamic_ncols=True)
-        self.count, self.left, self.overhead = 0, total - done, overhead
-        self.began = self.shown = time.monotonic()
-
-    def step(self, text):
-        """One more step. text() says how it goes; it waits for the device, so it is called only to be shown."""
-        self.bar.update()
-        self.count, self.left = self.count + 1, self.left - 1
-        due = time.monotonic() - self.shown > (30 if self.bar.disable else 1)
-        if not due and self.count not in (1, 4):
-            return
-        status, self.shown = text(), time.monotonic()
-        self.bar.set_postfix_str(status)
-        if self.count == 1:  # the first step warms up and is not counted
-            self.began = self.shown
-            return
-        seconds = (self.shown - self.began) / (self.count - 1) * self.left * (1 + self.overhead)
-        time_left = tqdm.format_interval(seconds)
-        if self.count == 4 and seconds > 5:
-            say(f"this run will take about {time_left}"
-                + "; --resume continues an interrupted one, `make demo` takes minutes" * (seconds > 3600))
-        elif due and self.bar.disable:
-            say(f"  step {self.bar.total - self.left:,}/{self.bar.total:,}: {status}; about {time_left} to go")
+    variant: Variant
+    args: argparse.Namespace  # the flags
+    settings: dict  # the same as the log and the checkpoints keep them, with what was chosen for them
+    dtype_reason: str
+    device: torch.device
+    files: "Files"
+    corpus: Corpus
+    test_tokens: torch.Tensor | None  # (N,)
+    initial_ranks: list[int]  # those of --ranks-from, else []
+    checkpoint: dict | None  # to go on from
+    moved: bool  # the checkpoint is of another device or another number of processes
 
 
-class Screen:
-    """A stream to a screen. What it no longer takes is dropped: a closed terminal, or a full disk, ends no training."""
+@dataclass
+class Run(Request):
+    """All that a run is made of; `state` is what changes, beside the weights and the optimizers' own state."""
 
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # Python has none where it was closed from the start
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="replace")  # letters that it does not have
+    model: GPT
+    optimizers: list
+    controllers: list
+    generators: dict  # one for each use of randomness but the first weights and dropout
+    state: TrainState
+    sees_targets: bool = False  # what the leak check says
 
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-        return len(text)
+    @property
+    def layers(self):
+        return list(self.model.linears().values())
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
+    @property
+    def total_steps(self):
+        return self.args.epochs * self.args.steps_per_epoch
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def screens():
-    """Within it nothing ends because a screen is gone."""
-    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
-        yield
+    @property
+    def tokens_per_epoch(self):
+        return self.args.steps_per_epoch * self.args.batch_size * self.args.block_size
 
 
-def say(text):
-    if process() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+def build_run(request):
+    """Model, optimizers, controllers and random generators, new or as the checkpoint has them -> Run."""
+    args, variant, checkpoint = request.args, request.variant, request.checkpoint
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        model = build_model(checkpoint, variant.linear)
+    else:
+        ranks = itertools.chain(request.initial_ranks, itertools.repeat(getattr(args, "init_rank", None)))
+        config = GPTConfig(len(request.corpus.vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
+                           args.block_size, args.attention, args.dropout, args.tokenize)
+        model = GPT(config, lambda n, m: variant.linear(n, m, next(ranks)))
+        if request.initial_ranks and len(request.initial_ranks) != len(model.ranks()):
+            raise UserError(f"{args.ranks_from} does not end with the ranks of {len(model.ranks())} layers: "
+                            "--ranks-from needs the log of a factored model with as many --n-layers")
+    model.to(request.device).low_precision = request.settings["dtype"] == "bfloat16"
+    if args.compile:
+        compile_blocks(model)
+    optimizers = variant.make_optimizers(model, args)
+    for group in parameter_groups(optimizers):
+        group["initial_lr"] = group["lr"]
+    generators = {name: torch.Generator().manual_seed(args.seed + i) for i, name in ((2, "batch"), (3, "rank"))}
+    run = Run(**vars(request), model=model, optimizers=optimizers, generators=generators,
+              controllers=variant.controllers(list(model.linears().values()), args),
+              state=TrainState(ema=[float(rank) for rank in model.ranks()]))
+    if checkpoint:
+        run.state = TrainState(**checkpoint["state"] | {"part": EpochState(**checkpoint["state"]["part"])})
+    # from here on the global generator is dropout's: each process has its own
+    torch.manual_seed(args.seed + 1 + 1_000_003 * process_index() + run.state.step)
+    if checkpoint:
+        restore(run)
+    return run
 
+
+def restore(run):
+    """Give the optimizers and generators of a run the states that its checkpoint has."""
+    states = run.checkpoint["optimizer"]
+    states = states if isinstance(states, list) else [states]  # older versions had one optimizer
+    for optimizer, saved in zip(run.optimizers, states, strict=True):
+        for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # fused if the device is
+        optimizer.load_state_dict(saved)
+    for name, generator in run.generators.items():
+        generator.set_state(run.checkpoint["generators"][name])
+    if not run.moved:
+        dropout_generator(run.device).set_rng_state(run.checkpoint["dropout_states"][process_index()])
+
+
+def parameter_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def save_checkpoints(run, best=False):
+    """Write the last checkpoint, and that of the best model if this is it."""
+    model = run.model
+    content = {"format": FORMAT, "config": asdict(model.config), "vocabulary": run.corpus.vocabulary,
+               "ranks": [layer.rank for layer in run.layers], "model": model.state_dict()}
+    dropout_states = gather(dropout_generator(run.device).get_rng_state())
+    if best:
+        save(run.files.best, content)
+    save(run.files.last, content | {
+        "state": asdict(run.state), "settings": run.settings, "log_bytes": run.files.log.stat().st_size,
+        "optimizer": [optimizer.state_dict() for optimizer in run.optimizers], "dropout_states": dropout_states,
+        "generators": {name: generator.get_state() for name, generator in run.generators.items()}},
+        run.files.previous)
+
+
+# ---- A run: its beginning, its loop, its end -------------------------------------------------------------------------
+
+def begin(run):
+    """The leak check, the first record of the log, the first checkpoint, and what the user reads of it."""
+    args, settings, model, corpus = run.args, run.settings, run.model, run.corpus
+    try:
+        leak = leak_check(model)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise TrainingError(f"--compile fails on this machine: {str(error).splitlines()[0]}") from None
+    leak = max(gather(leak), key=lambda leak: leak["max_change"])  # all have seen the files as they were
+    run.sees_targets = leak["leaks"]
+    if run.sees_targets and args.attention == "causal":
+        raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
+                            f"{run.device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device "
+                            "cpu")
+    once(run.files.make_way, run.checkpoint)
+    parameters, in_layers = count_parameters(model), count_parameters(*run.layers)
+    if run.checkpoint:
+        write_record(run.files.log, "resume", epoch=run.state.step // args.steps_per_epoch, step=run.state.step,
+                     epochs=args.epochs, device=run.device.type, processes=process_count(), command=settings["command"])
+    else:  # if --resume had to start over, the record is that of a run which was only started
+        write_record(run.files.log, "run", **settings | {
+            "resume": False, "command": settings["command"].replace(" --resume", "")},
+            device_name=device_name(run.device), dtype_reason=run.dtype_reason,
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+            vocab_size=len(corpus.vocabulary), train_tokens=len(corpus.train), val_tokens=len(corpus.val),
+            parameters=parameters, factor_parameters=in_layers, initial_ranks=model.ranks(),
+            layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
+            leak_check=leak, entropy_floor=corpus.entropy_floor)
+    where = [device_name(run.device), *([f"{process_count()} processes"] if process_count() > 1 else []),
+             *([f"{settings['grad_accum']} parts per step"] if settings["grad_accum"] > 1 else [])]
+    floor = f", entropy floor {corpus.entropy_floor:.3f}" if corpus.entropy_floor else ""
+    say(f"{run.variant.name}: {parameters:,} parameters, {in_layers:,} of them in {len(run.layers)} linear layers; "
+        f"{settings['dtype']} ({run.dtype_reason}) on {', '.join(where)}\n{settings['data_file']}: "
+        f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
+        f"{len(corpus.vocabulary):,} words{floor}")
+    if run.sees_targets:
+        say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
+    if not run.checkpoint:  # from here on --resume has one: a disk that has no room is found before the work
+        save_checkpoints(run)
+
+
+def train(run):
+    """Train to the last step, or until a signal asks to stop -> the number of that signal, or 0."""
+    args, state, model, device = run.args, run.state, run.model, run.device
+    train_tokens, val_tokens = run.corpus.train.to(device), run.corpus.val.to(device)
+    steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
+    sums = state.part.loss_sum  # of each process: their mean is that of the whole batch
+    loss_sum = torch.tensor(sums[process_index()] if len(sums) == process_count() else fmean(sums), device=device)
+    wrapped, watch = parallel(model), Stopwatch(device)
+    began, saved = time.perf_counter() - state.seconds, time.monotonic()
+    with noted_signals() as signals, Progress(state.step, run.total_steps) as progress:
+        for step in range(state.step + 1, run.total_steps + 1):
+            updates, ends = step % interval == 0, step % steps == 0
+            for group in parameter_groups(run.optimizers):
+                group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
+            batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
+            x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # it is the same everywhere
+            loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
+            if progress.due():
+                progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks() if run.controllers else [])
+            if device.type == "cuda" and not (updates or ends or step % 10 == 0):
+                continue  # to look at the loss is to wait for CUDA
+            check_finite(loss_sum.item(), step, args, run.files.last)
+
+            # at the end of an epoch: evaluate
+            if ends:
+                state.part.time_sec += watch.lap()
+                val_loss = evaluate(model, val_tokens, args.batch_size)
+                check_finite(val_loss, step, args, run.files.last)
+                eval_sec = watch.lap()
+
+            # every --rank-interval: measure the spectra, let the controllers decide, resize
+            if updates:
+                state.part.time_sec += watch.lap()
+                wrapped = None  # see parallel()
+                state.part.update, resized = update_ranks(run.layers, run.controllers, state.ema, run.optimizers, args,
+                                                          run.generators["rank"])
+                state.ema = state.part.update["ema"] or state.ema
+                wrapped = parallel(model)
+                state.part.resized += resized
+                rank_sec = watch.lap()
+                state.part.rank_sec += rank_sec
+                state.part.time_sec += rank_sec
+                if not ends:  # the last one of an epoch is in the epoch's record
+                    write_record(run.files.log, "ranks", step=step, **state.part.update, ranks=model.ranks(),
+                                 resized=resized)
+
+            # at the end of an epoch: write its record
+            if ends:
+                record = epoch_record(run, step // steps, loss_sum.item(), val_loss, eval_sec)
+                write_record(run.files.log, "epoch", **record)
+                state.epochs.append(record)
+
+            # at the end of an epoch, every --checkpoint-minutes, and if a signal asks to stop: write the checkpoints
+            late = time.monotonic() - saved > 60 * args.checkpoint_minutes
+            signal_number, late = max(gather((signals[0] if signals else 0, late)))
+            if ends or late or signal_number:
+                state.part.time_sec += watch.lap()
+                if ends:
+                    state.part, loss_sum = EpochState(), torch.zeros_like(loss_sum)
+                state.step, state.seconds = step, time.perf_counter() - began
+                state.part.loss_sum = gather(loss_sum.item())
+                save_checkpoints(run, best=ends and best_epoch(state.epochs) is record)
+                if ends:
+                    say(epoch_line(run, record))
+                if signal_number and step < run.total_steps:
+                    return signal_number
+                watch.lap()
+                saved = time.monotonic()
+    return 0
+
+
+def epoch_record(run, epoch, loss_sum, val_loss, eval_sec):
+    """The log's record of an epoch that has just been trained and evaluated, after its rank update."""
+    ranks, part = run.model.ranks(), run.state.part
+    time_sec = part.time_sec + eval_sec
+    train_sec = part.time_sec - part.rank_sec
+    return {
+        "epoch": epoch, "tokens_seen": epoch * run.tokens_per_epoch,
+        "train_loss": fmean(gather(loss_sum)) / run.args.steps_per_epoch, "val_loss": val_loss,
+        "val_ppl": perplexity(val_loss), "lr": run.optimizers[0].param_groups[0]["lr"],
+        "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
+        "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **part.update, "resized": part.resized,
+        "params_millions": count_parameters(run.model) / 1e6,
+        "factor_params_millions": count_parameters(*run.layers) / 1e6, "time_sec": time_sec, "train_sec": train_sec,
+        "eval_sec": eval_sec, "rank_sec": part.rank_sec, "tokens_per_sec": run.tokens_per_epoch / train_sec,
+        "peak_memory_mb": peak_memory_mb(run.device)}
+
+
+def epoch_line(run, r):
+    """An epoch's record as the user reads it."""
+    return "  ".join([
+        f"epoch {r['epoch']:3}/{run.args.epochs}", f"train {r['train_loss']:.3f}", f"val {r['val_loss']:.3f}",
+        f"ppl {r['val_ppl']:.1f}",
+        *([f"rank {r['rank_avg']:.1f} ({r['rank_min']}-{r['rank_max']})"] if r["ranks"] else []),
+        f"{r['params_millions']:.2f}M parameters", f"{r['time_sec']:.1f} s", f"{r['tokens_per_sec']:,.0f} tok/s",
+        *(["SEES ITS TARGETS"] if run.sees_targets else [])])
+
+
+def finish(run):
+    """Test losses, the last record, and a summary."""
+    epochs, model, files, settings = run.state.epochs, run.model, run.files, run.settings
+    best = best_epoch(epochs)
+    end = {"best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "final_val_loss": epochs[-1]["val_loss"],
+           "test_loss_best": None, "test_loss_last": None}
+    if run.test_tokens is not None:
+        tokens = run.test_tokens.to(run.device)
+        end["test_loss_last"] = evaluate(model, tokens, run.args.batch_size)
+        try:
+            best_model = build_model(load(files.best), run.variant.linear).to(run.device)  # evaluate() waited for it
+            best_model.low_precision = model.low_precision
+            end["test_loss_best"] = evaluate(best_model, tokens, run.args.batch_size)
+        except UserError as error:
+            say(f"*** no test loss of the best epoch: {error}")
+    write_record(files.log, "end", **end, total_sec=run.state.seconds)
+    ranks, memory = model.ranks(), peak_memory_mb(run.device)
+    speed = run.args.epochs * run.tokens_per_epoch / sum(record["train_sec"] for record in epochs)
+    peak = f", peak memory {memory:,.0f} MB" if memory else ""
+    say(f"done: {run.args.epochs} epochs in {tqdm.format_interval(run.state.seconds)}, {speed:,.0f} training "
+        f"tokens/s{peak}")
+    leak = "; SEES ITS TARGETS" if run.sees_targets else ""
+    for name in ("best_val_loss", "final_val_loss", "test_loss_best", "test_loss_last"):
+        if end[name] is not None:
+            at = f" (epoch {best['epoch']})" if "best" in name else ""
+            say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}{at}{leak}")
+    if ranks:
+        say(f"ranks: {settings.get('init_rank') or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
+            f"({min(ranks)}-{max(ranks)})")
+    say(f"parameters in use: {count_parameters(model):,}, {count_parameters(*run.layers):,} of them in the linear "
+        f"layers\nlog: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
+
+
+# ======================================================================================================================
+# Part 3: machinery
+# ======================================================================================================================
 
 # ---- Several processes, started by torchrun --------------------------------------------------------------------------
 
-def processes():
+def process_count():
     """How many processes train this model together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def process():
+def process_index():
     """The number of this one: 0, which alone writes and speaks, or a higher one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(value):
     """[value in process 0, value in process 1, ...], in every process."""
-    values = [value] * processes()
-    if processes() > 1:
+    values = [value] * process_count()
+    if process_count() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def once(action):
-    """action(), done by process 0 alone -> its result, or the error that it raises, in every process."""
+def once(action, *args):
+    """action(*args), done by process 0 alone -> its result, or the error that it raises, in every process."""
     result = [None]
     try:
-        result = [action() if process() == 0 else None]
+        result = [action(*args) if process_index() == 0 else None]
     except (UserError, TrainingError) as error:
         result = [error]
-    if processes() > 1:
+    if process_count() > 1:
         dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
+
+
+def parallel(model):
+    """The model with its gradients averaged over the processes. DistributedDataParallel notes the parameters' shapes
+    when it is made: it has to be dropped before a rank changes (else the next step fails), and made again after (else
+    gradients are no longer averaged, silently)."""
+    gc.collect()  # the hooks of a dropped one
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if process_count() > 1 else model
 
 
 def leave(code):
@@ -1051,43 +1102,7 @@ def leave(code):
     sys.exit(code)
 
 
-def parallel(model):
-    """The model with its gradients averaged over the processes. DistributedDataParallel notes the parameters' shapes
-    when it is made: it has to be dropped before a rank changes (else the next step fails), and made again after (else
-    gradients are no longer averaged, silently)."""
-    gc.collect()  # the hooks of a dropped one
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if processes() > 1 else model
-
-
-# ---- Training --------------------------------------------------------------------------------------------------------
-
-def find_data(name):
-    """The path of a data file: a bare name that is not found here is looked for in data/. Where the default text is
-    missing, the committed synthetic corpus stands in, loudly, so that a fresh clone trains."""
-    path = next((path for path in (Path(name), HERE / "data" / name) if path.exists()), Path(name))
-    if not path.exists() and name == DEFAULT_DATA:
-        say(f"*** There is no {name}: TRAINING ON THE SYNTHETIC CORPUS data/synthetic.tokens INSTEAD.\n"
-            "*** For WikiText-2, run `make data` (or python3 data/wikitext2.py) and start again.")
-        path = HERE / "data" / "synthetic.tokens"
-    return path
-
-
-def final_ranks(path, layers):
-    """The ranks at the end of a log of as many factored layers. Raises UserError where it has none."""
-    ranks = None
-    try:
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # a last line may be cut off
-                record = json.loads(line)
-                if isinstance(record, dict) and record.get("kind", "epoch") == "epoch":
-                    ranks = record.get("ranks")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not isinstance(ranks, list) or len(ranks) != layers or not all(type(rank) is int for rank in ranks):
-        raise UserError(f"{path} does not end with the ranks of {layers} layers: --ranks-from needs the log of a "
-                        "factored model with as many --n-layers")
-    return ranks
-
+# ---- Devices: which one, in which dtype, how much at a time, time and memory -----------------------------------------
 
 def keep_freed_memory():
     """Let glibc reuse the large blocks of a step; it would return each to the system, which clears it page by page."""
@@ -1098,12 +1113,13 @@ def keep_freed_memory():
 
 def pick_device(name):
     """The device of --device, ready for use -> torch.device."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in found if found[name]) if name == "auto" else name
-    if not found[name]:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if not available[name]:
         raise UserError(f"--device {name} is not available on this machine: try --device auto")
     if name == "cuda":  # each process of a machine takes a GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if processes() > 1 else 0)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if process_count() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
     if name == "cpu":
         keep_freed_memory()
@@ -1147,34 +1163,6 @@ def default_grad_accum(windows, block_size, device):
     return min(parts, default=windows) if device.type == "cpu" else 1
 
 
-def train_step(model, optimizer, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
-    """One optimizer step on inputs and targets (B, T), in grad_accum parts -> total + loss, free of its graph: factors
-    may be replaced next. `model` is what parallel() returned.
-
-    From the first loss or gradient on that is not finite, the result is not finite either, and the model and the
-    optimizer stay as they were: fused AdamW is told so on the device, so that no step has to wait for an answer.
-    """
-    loss = torch.zeros((), device=x.device)
-    optimizer.zero_grad(set_to_none=True)
-    for i, part in enumerate(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True), start=1):
-        silent = i < grad_accum and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if silent else contextlib.nullcontext():  # one exchange of gradients a step
-            part_loss = model(*part) / grad_accum
-            part_loss.backward()
-        loss += part_loss.detach()
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-    if grad_clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
-    total = total + loss + 0 * norm  # 0 times what is not finite is NaN
-    finite = torch.isfinite(total)
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~finite).float()
-        optimizer.step()
-    elif finite:
-        optimizer.step()
-    return total
-
-
 def compile_blocks(model):
     """torch.compile for each block, once for all ranks and sequence lengths: a graph with gradients and one without.
     Dynamo's defaults would compile anew at every rank, and silently stop after eight."""
@@ -1184,229 +1172,508 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-NEW_EPOCH = {"loss_sum": 0.0, "time_sec": 0.0, "rank_sec": 0.0, "resized": 0, "update": NO_UPDATE}
+def dropout_generator(device):
+    """The module that keeps the state of the generator that dropout draws from on this device."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
-def train(args, prog, command, held, linear=None):
-    """Run the experiment that the flags describe. `linear(n, m)` takes the place of the factored layer (v7). The log
-    stays locked as long as the ExitStack `held`."""
-    # 1) whatever is wrong with the request is found before any long work
-    device = pick_device(args.device)
-    data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
-    files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
-    train_tokens, val_tokens, vocabulary, sha256, floor = load_corpus(data, args.val_fraction, args.block_size,
-                                                                         args.tokenize, args.min_count)
-    if args.tokenize == "words" and len(vocabulary) > (len(train_tokens) + len(val_tokens)) / 2:
-        say(f"*** more than half of the words of {data.name} are distinct: if it is a text without spaces, "
-            "--tokenize chars fits it better")
-    tests = [encode(read_words(path, args.tokenize)[0], vocabulary).to(device) for path in tests]
-    initial = [getattr(args, "init_rank", None)] * 6 * args.n_layers
-    if args.ranks_from and not args.resume:  # a checkpoint has its own
-        initial = final_ranks(Path(args.ranks_from), 6 * args.n_layers)
-        check_ranks(initial, f"{args.ranks_from}: rank", args)
-    if tests and len(tests[0]) < 2:
-        raise UserError(f"{args.test_file} has {len(tests[0])} words; a test needs 2 or more")
-    settings = vars(args) | {
-        "script": prog, "command": command, "processes": processes(), "device": device.type,
-        "data_file": data.name, "data_sha256": sha256,
-        "test_file": args.test_file and Path(args.test_file).name, "log_file": files.log.name,
-        "grad_accum": args.grad_accum or default_grad_accum(args.batch_size // processes(), args.block_size, device),
-        "ranks_from": args.ranks_from and Path(args.ranks_from).name, "checkpoint": files.last.name}
-    once(lambda: files.claim(held))
-    checkpoint = resume_point(args, settings, vars(build_parser(prog, linear is None).parse_args([])), files)
-    moved = checkpoint and any(checkpoint["settings"][name] != settings[name] for name in ("device", "processes"))
-    if checkpoint and not args.grad_accum and not moved:
-        settings["grad_accum"] = checkpoint["settings"]["grad_accum"]
-    dtype_reason = "as --dtype asks"
-    if args.dtype == "auto" and checkpoint and checkpoint["settings"]["device"] == device.type:
-        settings["dtype"], dtype_reason = checkpoint["settings"]["dtype"], "as the run began"
-    elif args.dtype == "auto":
-        settings["dtype"], dtype_reason = once(lambda: choose_dtype(device, args.d_model))
-    total = args.epochs * args.steps_per_epoch
-    if checkpoint and checkpoint["state"]["step"] == total and (
-            re.search(rb'"kind": "end".*\n', files.log.read_bytes()[checkpoint["log_bytes"]:])):
-        say(f"{files.log} is finished: {args.epochs} epochs. A larger --epochs continues it.")
-        return
+def device_name(device):
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if device.type == "cuda" else threads
 
-    # 2) the model, its optimizer and controllers, and a random generator for each use of randomness
-    torch.manual_seed(args.seed)
-    if checkpoint:
-        model = build_model(checkpoint, linear)
-    else:
-        config = GPTConfig(len(vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
-                           args.block_size, args.attention, args.dropout, args.tokenize)
-        ranks = iter(initial)
-        model = GPT(config, linear or (lambda n, m: LowRankLinearAdaptiveSpectral(n, m, next(ranks))))
-    model.to(device).bfloat16 = settings["dtype"] == "bfloat16"
-    if args.compile:
-        compile_blocks(model)
-    layers = list(model.linears().values())
-    optimizer = make_optimizer(model, args)
-    controllers = [] if args.fixed_rank else [
-        RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
-                       min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
-    generators = {name: torch.Generator().manual_seed(args.seed + i) for i, name in ((2, "batch"), (3, "rank"))}
-    state = checkpoint["state"] if checkpoint else {
-        "step": 0, "seconds": 0.0, "epochs": [], "ema": [float(rank) for rank in model.ranks()],
-        "part": NEW_EPOCH | {"loss_sum": [0.0]}}
-    torch.manual_seed(args.seed + 1 + 1_000_003 * process() + state["step"])  # from here on dropout's: each has its own
-    dropout_rng = torch if device.type == "cpu" else torch.get_device_module(device)
-    if checkpoint:
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = optimizer.defaults["fused"]  # if this device has it
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for name, generator in generators.items():
-            generator.set_state(checkpoint["generators"][name])
-        if not moved:
-            dropout_rng.set_rng_state(checkpoint["dropout_states"][process()])
-    loss_sums = state["part"]["loss_sum"]  # of each process: their mean is that of the whole batch
-    loss_sum = loss_sums[process()] if len(loss_sums) == processes() else fmean(loss_sums)
 
-    # 3) the leak check, and the log, which begins with a record of the run
+def peak_memory_mb(device):
+    """The most memory that the run has used, on the GPU for CUDA, else by the process; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:  # not ru_maxrss: it inherits the peak of the process that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):  # not Linux
+        return torch.mps.driver_allocated_memory() / 2**20 if device.type == "mps" else None
+
+
+def now(device):
+    """Seconds on a running clock, read once the device has caught up."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """lap() gives the seconds since the last one."""
+
+    def __init__(self, device):
+        self.device, self.last = device, now(device)
+
+    def lap(self):
+        last, self.last = self.last, now(self.device)
+        return self.last - last
+
+
+# ---- The screen ------------------------------------------------------------------------------------------------------
+
+def say(text):
+    if process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Progress:
+    """One tqdm bar for the whole run, or a plain line every half minute if there is no terminal; after the first steps,
+    how long the run will take."""
+
+    def __init__(self, done, total):
+        self.bar = tqdm(total=total, initial=done, disable=process_index() > 0 or None, unit="step", dynamic_ncols=True)
+        self.count, self.left, self.total = 0, total - done, total
+        self.began = self.shown = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def due(self):
+        """Count one more step -> is it time to show how it goes? That waits for the device."""
+        self.bar.update()
+        self.count, self.left = self.count + 1, self.left - 1
+        return self.count in (1, 4) or time.monotonic() - self.shown > (30 if self.bar.disable else 1)
+
+    def show(self, loss, ranks):
+        """Show the mean loss of the epoch so far, and the mean of the ranks."""
+        self.shown = time.monotonic()
+        status = f"loss {loss:.3f}" + (f", mean rank {fmean(ranks):.1f}" if ranks else "")
+        self.bar.set_postfix_str(status)
+        if self.count == 1:  # the first step warms up and is not counted
+            self.began = self.shown
+            return
+        seconds = (self.shown - self.began) / (self.count - 1) * self.left
+        if self.count == 4 and seconds > 5:
+            hint = "; --resume continues an interrupted one, `make demo` takes minutes" if seconds > 3600 else ""
+            say(f"this run will take about {tqdm.format_interval(seconds)}{hint}")
+        elif self.bar.disable and self.count > 4:
+            say(f"  step {self.total - self.left:,}/{self.total:,}: {status}; about {tqdm.format_interval(seconds)} "
+                "to go")
+
+
+class Screen:
+    """A stream to a screen. What it no longer takes is dropped: a closed terminal, or a full disk, ends no training."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python has none where it was closed from the start
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")  # letters that it does not have
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def screens():
+    """Within it nothing ends because a screen is gone."""
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        yield
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if hasattr(signal, name)]  # Ctrl-C, a batch system or a launcher, a closed terminal, a scheduler's warnings
+
+
+def handle_signals(handler):
+    """Give all SIGNALS a handler but those that the process has to ignore, as under nohup -> {signal: the old one}."""
+    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def interrupt(number, frame):
+    """The handler of SIGNALS as long as nothing has to be saved."""
+    raise KeyboardInterrupt(number)
+
+
+def ignore(number, frame):
+    """The handler of SIGNALS once the process is about to end."""
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Within it a signal is only noted, in the list that it yields, so that the step can end and be saved. A signal may
+    come several times, from a batch system and from a launcher, Ctrl-C too: only a Ctrl-C that comes a second or more
+    after the first signal is impatience, and ends the process at once, by the system's own hand."""
+    received, times = [], []
+
+    def note(number, frame):
+        times.append(time.monotonic())
+        if number == signal.SIGINT and times[-1] - times[0] >= 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not received and process_index() == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving after this step, then stopping; another Ctrl-C stops at once\n")
+        received.append(number)
+
+    handlers = handle_signals(note)
     try:
-        leak = leak_check(model)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise TrainingError(f"--compile fails on this machine: {str(error).splitlines()[0]}") from None
-    leak = max(gather(leak), key=lambda leak: leak["max_change"])  # all have seen the files as they were
-    if leak["leaks"] and args.attention == "causal":
-        raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
-                            f"{device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device cpu")
-    once(lambda: files.make_way(checkpoint))
-    if checkpoint:
-        write_record(files.log, "resume", epoch=state["step"] // args.steps_per_epoch, step=state["step"],
-                     epochs=args.epochs, device=device.type, processes=processes(), command=command)
-    else:  # where --resume had to start over, the record is that of a run which was only started
-        write_record(files.log, "run", **settings | {"resume": False, "command": command.replace(" --resume", "")},
-                     device_name=device_name(device), dtype_reason=dtype_reason,
-                     versions={"python": platform.python_version(), "torch": torch.__version__},
-                     vocab_size=len(vocabulary), train_tokens=len(train_tokens), val_tokens=len(val_tokens),
-                     parameters=count_parameters(model), factor_parameters=count_parameters(*layers),
-                     initial_ranks=model.ranks(),
-                     layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
-                     leak_check=leak, entropy_floor=floor)
-    say(f"{prog}: {count_parameters(model):,} parameters, {count_parameters(*layers):,} of them in {len(layers)} "
-        f"linear layers; {settings['dtype']} ({dtype_reason}) on {device_name(device)}"
-        + f", {processes()} processes" * (processes() > 1)
-        + f", {settings['grad_accum']} parts per step" * (settings["grad_accum"] > 1)
-        + f"\n{data.name}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
-        f"{len(vocabulary):,} words" + (f", entropy floor {floor:.3f}" if floor else ""))
-    if leak["leaks"]:
-        say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, ignore if received else handler)  # main() puts the old ones back
 
-    def keep(best=False):
-        """Write the last checkpoint, and that of the best model if this is it."""
-        content = {"format": FORMAT, "config": asdict(model.config), "ranks": model.ranks(), "vocabulary": vocabulary,
-                   "model": model.state_dict()}
-        dropout_states = gather(dropout_rng.get_rng_state())
-        if best:
-            save(files.best, content)
-        save(files.last, content | {
-            "state": state, "settings": settings, "log_bytes": files.log.stat().st_size,
-            "optimizer": optimizer.state_dict(), "dropout_states": dropout_states,
-            "generators": {name: generator.get_state() for name, generator in generators.items()}}, files.previous)
 
-    if not checkpoint:  # from here on --resume has one: a disk that has no room is found before the work
-        keep()
+# ---- Files: names, locks, the log ------------------------------------------------------------------------------------
 
-    # 4) train; at the end of an epoch: evaluate, update the ranks, write a record, write the checkpoints
-    train_tokens, val_tokens = train_tokens.to(device), val_tokens.to(device)
-    steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
-    began, tokens_per_epoch = time.perf_counter() - state["seconds"], steps * args.batch_size * args.block_size
-    trained = parallel(model)
-    progress = Progress(state["step"], total, overhead=len(val_tokens) / (3 * tokens_per_epoch))
-    epochs, part = state["epochs"], state["part"] | {"loss_sum": loss_sum}
-    start, saved = now(device) - part["time_sec"], time.monotonic()
-    with noted_signals() as signals, progress.bar:
-        for step in range(state["step"] + 1, total + 1):
-            epoch, updates, ends = (step - 1) // steps + 1, step % interval == 0, step % steps == 0
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, args)
-            batch = sample_batch(train_tokens, args.batch_size, args.block_size, generators["batch"])  # same everywhere
-            share = (x.chunk(processes())[process()] for x in batch)
-            part["loss_sum"] = train_step(trained, optimizer, *share, args.grad_clip, settings["grad_accum"],
-                                          part["loss_sum"])
-            progress.step(lambda: f"loss {part['loss_sum'].item() / ((step - 1) % steps + 1):.3f}"  # noqa: B023
-                          + (f", mean rank {fmean(model.ranks()):.1f}" if controllers else ""))
-            if not (updates or ends or step % 10 == 0 or device.type != "cuda"):
-                continue  # to look at the loss is to wait for CUDA
-            loss_sum = part["loss_sum"].item()
-            check_finite(loss_sum, epoch, step, files.last)
-            if ends:
-                paused = now(device)
-                val_loss = evaluate(model, val_tokens, args.batch_size)
-                check_finite(val_loss, epoch, step, files.last)
-                eval_sec = now(device) - paused
-            if updates:
-                paused = now(device)
-                trained = None
-                part["update"], changed = update_ranks(layers, controllers, state["ema"], optimizer, args,
-                                                       generators["rank"])
-                trained = parallel(model)
-                part |= {"resized": part["resized"] + changed, "rank_sec": part["rank_sec"] + now(device) - paused}
-                if not ends:  # the last one of an epoch is in the epoch's record
-                    write_record(files.log, "ranks", step=step, **part["update"], ranks=model.ranks(), resized=changed)
-            if ends:
-                time_sec, ranks = now(device) - start, model.ranks()
-                train_sec = time_sec - eval_sec - part["rank_sec"]
-                record = {
-                    "epoch": epoch, "tokens_seen": epoch * tokens_per_epoch,
-                    "train_loss": fmean(gather(loss_sum)) / steps, "val_loss": val_loss,
-                    "val_ppl": perplexity(val_loss), "lr": optimizer.param_groups[0]["lr"],
-                    "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None),
-                    "rank_avg": fmean(ranks) if ranks else None, "ranks": ranks, **part["update"],
-                    "resized": part["resized"], "params_millions": count_parameters(model) / 1e6,
-                    "factor_params_millions": count_parameters(*layers) / 1e6, "time_sec": time_sec,
-                    "train_sec": train_sec, "eval_sec": eval_sec, "rank_sec": part["rank_sec"],
-                    "tokens_per_sec": tokens_per_epoch / train_sec, "peak_memory_mb": peak_memory_mb(device)}
-                write_record(files.log, "epoch", **record)
-                epochs.append(record)
-            late = time.monotonic() - saved > 60 * args.checkpoint_minutes
-            stop = max(gather(128 + signals[0] if signals else int(late)))
-            if not ends and not stop:
-                continue
-            part = dict(NEW_EPOCH) if ends else part | {"loss_sum": loss_sum, "time_sec": now(device) - start}
-            state |= {"step": step, "seconds": time.perf_counter() - began,
-                      "part": part | {"loss_sum": gather(part["loss_sum"])}}
-            keep(best=ends and best_epoch(epochs) is record)
-            if ends:
-                say(f"epoch {epoch:3}/{args.epochs}  train {record['train_loss']:.3f}  val {val_loss:.3f}  "
-                    f"ppl {record['val_ppl']:.1f}"
-                    + (f"  rank {fmean(ranks):.1f} ({min(ranks)}-{max(ranks)})" if ranks else "")
-                    + f"  {record['params_millions']:.2f}M parameters  {time_sec:.1f} s"
-                    + f"  {record['tokens_per_sec']:,.0f} tok/s" + "  SEES ITS TARGETS" * leak["leaks"])
-            if stop > 1 and step < total:
-                raise KeyboardInterrupt(stop, f"interrupted; step {step:,} of {total:,} is saved in "
-                                        f"{files.last}: the same command with --resume goes on from there")
-            start, saved = now(device) - part["time_sec"], time.monotonic()
+@contextlib.contextmanager
+def writing(path):
+    """Turns the system's refusal to write into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
 
-    # 5) test losses, the last record, a summary
-    best = best_epoch(epochs)
-    end = {"best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "final_val_loss": epochs[-1]["val_loss"],
-           "test_loss_best": None, "test_loss_last": None}
-    for test in tests:
-        end["test_loss_last"] = evaluate(model, test, args.batch_size)
+
+class Files(NamedTuple):
+    """What a run writes: its log, the last checkpoint, the one before it, and the model of lowest validation loss."""
+
+    log: Path
+    last: Path
+    previous: Path
+    best: Path
+
+    @classmethod
+    def named(cls, args, *data):
+        """As the flags have it; if a checkpoint is a link, the other ones lie beside the file that it points to. Raises
+        UserError if a name is none, a folder's, or that of a `data` file."""
+        for flag, name in (("--log-file", args.log_file), ("--checkpoint", args.checkpoint)):
+            if name is not None and not Path(name).name:
+                raise UserError(f"{flag} needs the name of a file")
+        log = Path(args.log_file)
+        last = Path(args.checkpoint or log.with_name(log.name.removesuffix(".jsonl") + ".pt"))
+        if not args.checkpoint and args.resume and log.exists() and not last.exists():
+            last = log.with_suffix(".pt") if log.with_suffix(".pt").exists() else last  # its name in older versions
+        last = Path(os.path.realpath(last)) if last.is_symlink() else last
+        files = cls(log, last, *(last.with_suffix(kind + last.suffix) for kind in (".prev", ".best")))
+        for path in files:
+            if path.exists() and not path.is_file() or Path("/dev") in path.absolute().parents:
+                raise UserError(f"cannot write {path}: {'Is a directory' if path.is_dir() else 'not a plain file'}")
+        if len({path.resolve() for path in (*files, *data)}) < len((*files, *data)):
+            raise UserError("--log-file, --checkpoint and the data need different names")
+        return files
+
+    def claim(self, locks):
+        """Lock the log and the checkpoint until the ExitStack `locks` ends, or the process, however it does. Raises
+        UserError if another run has one, if the log is none, or if a file cannot be written."""
+        log = lock(self.log, locks, self.log)
+        log.seek(0)
+        if not b'{"kind": "run"'.startswith(log.read(14)):
+            raise UserError(f"{self.log} is not a log of this suite: choose another --log-file")
+        for path in (self.last, self.previous, self.best):  # each of them: c.pt is the best of one, the last of another
+            lock(path.with_name(path.name + ".lock"), locks, path)
+        with writing(self.last):
+            temporary(self.last).touch()
+            for path in (self.last, self.best):
+                temporary(path).unlink(missing_ok=True)
+
+    def make_way(self, checkpoint):
+        """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left,
+        its log last, so that what a crash leaves can always be resumed."""
+        with writing(self.last):
+            for path in () if checkpoint else (self.previous, self.best, self.last):
+                path.unlink(missing_ok=True)
+            if self.log.stat().st_size:
+                os.truncate(self.log, checkpoint["log_bytes"] if checkpoint else 0)
+
+
+def lock(path, locks, name):
+    """Open a file, made if there is none, and lock it until the ExitStack `locks` ends, which removes it if it is empty
+    -> the open file. Raises UserError if another run has locked it, which then is writing the file `name`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(9):  # the run that held it may just be removing it
+            file = open(path, "a+b")
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UserError(f"another run is writing {name}: wait for it, or choose another --log-file or "
+                                "--checkpoint") from None
+            except OSError:  # a file system without locks
+                pass
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+            file.close()
+    locks.enter_context(file)
+
+    def remove():
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            if not path.stat().st_size:
+                path.unlink()
+    locks.callback(remove)
+    return file
+
+
+def temporary(path):
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
+def write_record(path, kind, **fields):
+    """Append a line of JSON to the log, through to the disk, by process 0. NaN and Infinity raise ValueError, a disk
+    that does not take it UserError; the log then stays as it was."""
+    once(append_line, path, json.dumps({"kind": kind, **fields}, allow_nan=False).encode() + b"\n")
+
+
+def append_line(path, line):
+    with writing(path), open(path, "ab", buffering=0) as log:
+        size, left = log.tell(), line
         try:
-            best_model = build_model(load(files.best)).to(device)  # evaluation has waited for process 0 and its files
-            best_model.bfloat16 = model.bfloat16
-            end["test_loss_best"] = evaluate(best_model, test, args.batch_size)
-        except UserError as error:
-            say(f"*** no test loss of the best epoch: {error}")
-    write_record(files.log, "end", **end, total_sec=state["seconds"])
-    ranks, memory = model.ranks(), peak_memory_mb(device)
-    speed = args.epochs * tokens_per_epoch / sum(record["train_sec"] for record in epochs)
-    say(f"done: {args.epochs} epochs in {tqdm.format_interval(state['seconds'])}, {speed:,.0f} training tokens/s"
-        + (f", peak memory {memory:,.0f} MB" if memory else ""))
-    for name in ("best_val_loss", "final_val_loss", "test_loss_best", "test_loss_last"):
-        if end[name] is not None:
-            say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}"
-                + f" (epoch {best['epoch']})" * ("best" in name) + "; SEES ITS TARGETS" * leak["leaks"])
-    say((f"ranks: {args.init_rank or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
-         f"({min(ranks)}-{max(ranks)}); " if ranks else "")
-        + f"parameters in use: {count_parameters(model):,}, {count_parameters(*layers):,} of them in the linear layers")
-    say(f"log: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
+            while left:
+                left = left[log.write(left):]
+            os.fsync(log.fileno())
+        except OSError:
+            log.truncate(size)
+            raise
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+def read_records(path, start=0):
+    """The records of a log from a byte on. Lines that are none are left out: the last one may be cut off. Raises
+    UserError if the file cannot be read."""
+    try:
+        lines = path.read_bytes()[start:].splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def find_data(name):
+    """The path of a data file: a bare name that is not found here is looked for in data/. If the default text is
+    missing, the committed synthetic corpus stands in, loudly, so that a fresh clone trains."""
+    path = next((path for path in (Path(name), HERE / "data" / name) if path.exists()), Path(name))
+    if not path.exists() and name == DEFAULT_DATA:
+        say(f"*** There is no {name}: TRAINING ON THE SYNTHETIC CORPUS data/synthetic.tokens INSTEAD.\n"
+            "*** For WikiText-2, run `make data` (or python3 data/wikitext2.py) and start again.")
+        path = HERE / "data" / "synthetic.tokens"
+    return path
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+FORMAT = "alrt-checkpoint-3"
+SEAL = b"\nalrt sha256 "  # a checkpoint ends with this and the SHA-256 of what is before: torch.load has no checksum
+
+
+def sha256_of(file, size):
+    """The SHA-256, in hexadecimal, of the first `size` bytes of an open file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for start in range(0, size, 2**20):
+        digest.update(file.read(min(size - start, 2**20)))
+    return digest.hexdigest().encode()
+
+
+def save(path, content, previous=None):
+    """torch.save with a seal, by process 0. A crash leaves no half file under `path`; the file that was there becomes
+    `previous`. Raises UserError if the disk does not take it; what was there then stays."""
+    once(save_sealed, path, content, previous)
+
+
+def save_sealed(path, content, previous):
+    with writing(path):
+        try:
+            with open(temporary(path), "w+b") as file:
+                torch.save(content, file)
+                file.write(SEAL + sha256_of(file, file.tell()))
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary(path), path)
+        except (OSError, RuntimeError) as error:  # torch.save, cut off by the disk, ends with an error of its own
+            temporary(path).unlink(missing_ok=True)
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load(path):
+    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else."""
+    try:
+        with open(path, "rb") as file:
+            size = max(file.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
+            file.seek(size)
+            sealed, seal = file.read(len(SEAL)) == SEAL, file.read()
+            if sealed and seal != sha256_of(file, size):
+                raise UserError(f"{path} is damaged: its checksum is wrong")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["format"]
+    except Exception:  # torch.load raises whatever foreign bytes lead to
+        version = None
+    if sealed and version == FORMAT:
+        return content
+    if isinstance(version, str) and version.startswith("alrt-checkpoint-") and version != FORMAT:
+        raise UserError(f"{path} is of another version of this suite: {version}, and this one reads {FORMAT}")
+    raise UserError(f"{path} is not a checkpoint of this suite, or its end is missing")
+
+
+def find_checkpoint(args, files):
+    """What --resume and --overwrite ask for, given the files that exist -> the checkpoint to go on from, or None."""
+    log, last, previous, _ = files
+    existing = [path for path in files if path.exists() and path.stat().st_size]
+    if not args.resume:
+        if existing and not args.overwrite:
+            raise UserError(f"{existing[0]} exists: --resume continues its run, --overwrite replaces it, "
+                            "--log-file NAME writes elsewhere")
+        return None
+    if not existing:
+        say(f"nothing to resume yet, there is no {log} and no {last}: starting")
+        return None
+    if last not in existing and previous not in existing:
+        epochs = sum(record.get("kind") == "epoch" for record in read_records(log)) if log in existing else 0
+        if epochs or existing != [log]:
+            raise UserError(f"{log} has {epochs} finished epochs, but there is no checkpoint {last} to go on from: "
+                            "--checkpoint names another one, --overwrite starts over")
+        say(f"{log} has no checkpoint and no finished epoch yet: starting over")
+        return None
+    if last not in existing:  # a crash between two renames, or the user's choice
+        say(f"{last} is missing: going on from the one before it, {previous}")
+        last = previous
+    try:
+        checkpoint = load(last)
+    except UserError as error:
+        with contextlib.suppress(UserError):  # `previous` may be missing, or as bad
+            step = load(previous)["state"]["step"]
+            error = UserError(f"{error}; the one before it, {previous}, is good: remove {last}, and --resume goes on "
+                              f"from step {step:,}")
+        raise error from None
+    if "settings" not in checkpoint:
+        raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
+    if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
+        raise UserError(f"{log} is missing, or shorter than when {last} was written")
+    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
+        raise UserError(f"{last} is already past --epochs {args.epochs}")
+    return checkpoint
+
+
+FREE = {"epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
+        "device", "processes"}  # what may change at a --resume
+
+
+def compare_settings(args, settings, defaults, checkpoint):
+    """Raises UserError if a checkpoint is not of this run; `defaults` are the flags' and count for those that an older
+    checkpoint does not know -> True if it is of another device or another number of processes."""
+    old = defaults | checkpoint["settings"]
+    free = FREE | {name for name, chosen in (("dtype", args.dtype == "auto"), ("grad_accum", args.grad_accum is None))
+                   if chosen}
+    changed = [f"{name} was {old[name]} and is now {value}" for name, value in settings.items()
+               if name not in free and value != old[name]]
+    if changed:
+        raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs, "
+                        "--checkpoint-minutes, the device and the number of processes may change")
+    if args.lr_schedule == "cosine" and args.epochs != old["epochs"]:
+        say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
+    moves = [move.format(settings[name], old[name]) for name, move in (
+        ("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}"))
+        if settings[name] != old[name]]
+    for move in moves:
+        say(f"*** going on {move}: the run is no longer bit for bit the one that was never interrupted")
+    return bool(moves)
+
+
+# ---- Models in files -------------------------------------------------------------------------------------------------
+
+def build_model(content, linear=LowRankLinearAdaptiveSpectral):
+    """The model of a checkpoint's content: DenseLinear where its rank is None, else linear(n, m, rank).
+
+    Raises UserError for content that holds no model of this suite; an error of linear's own is raised as it is.
+    """
+    def model_of(linear):
+        ranks = iter(content["ranks"] or itertools.repeat(None))  # older versions noted none of a dense model
+        return GPT(config, lambda n, m: DenseLinear(n, m) if (rank := next(ranks)) is None else linear(n, m, rank))
+
+    def is_none_of_ours(error):
+        return UserError(f"the checkpoint does not hold a model of this suite ({type(error).__name__})")
+    try:
+        config, weights = GPTConfig(**content["config"]), content["model"]
+        with torch.device("meta"):  # nothing of a wrong size is made for real
+            sizes = {name: parameter.shape for name, parameter in
+                     model_of(LowRankLinearAdaptiveSpectral).named_parameters()}
+        if any(weights[name].shape != size for name, size in sizes.items() if name in weights):
+            raise IndexError("a weight of another shape")
+    except Exception as error:  # sealed, but not by this code
+        raise is_none_of_ours(error) from None
+    model = model_of(linear)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        raise is_none_of_ours(error) from None
+    return model
+
+
+def load_model(path, linear=LowRankLinearAdaptiveSpectral):
+    """A checkpoint, last or best -> (model in evaluation mode, on the CPU; its vocabulary). A variant with a factored
+    layer of its own gives its `linear`."""
+    content = load(Path(path))
+    return build_model(content, linear).eval(), content["vocabulary"]
+
+
+@torch.no_grad()
+def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0, top_k=None):
+    """Continue a text by n_tokens sampled tokens -> the whole text; greedily at temperature 0, else from the top_k
+    likeliest (all by default). Unknown words become <unk>. Raises UserError for what makes no sense.
+
+    A bidirectional model has learnt to copy what comes next; with nothing there, its words mean nothing.
+    """
+    kind = model.config.tokenize
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature {temperature} is not a number of 0 or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k {top_k} is not 1 or more")
+    text = text.encode("utf-8").decode("latin-1") if kind == "bytes" else text
+    tokens = encode(text.split() if kind == "words" else list(text), vocabulary)[None].to(model.head.weight.device)
+    if not tokens.numel():
+        raise UserError("generate needs at least one token to continue")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n_tokens):
+        logits = model(tokens[:, -model.config.block_size:])[:, -1].cpu()  # (1, V)
+        best, words = logits.topk(min(top_k or len(vocabulary), len(vocabulary)) if temperature else 1)
+        p = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)
+        word = words.gather(1, torch.multinomial(p, 1, generator=generator))
+        tokens = torch.cat([tokens, word.to(tokens.device)], dim=1)
+    text = (" " if kind == "words" else "").join(vocabulary[i] for i in tokens[0])
+    return text.encode("latin-1").decode("utf-8", errors="replace") if kind == "bytes" else text
+
+
+def dense_weights(model):
+    """{name: W (m, n)} of the linear layers, on the CPU, for use elsewhere: the product U V if a layer is factored."""
+    return {name: torch.matmul(*layer.factors()) for name, layer in model.linears().items()}
+
+
+def final_ranks(path):
+    """The ranks at the end of a log, for --ranks-from. Raises UserError if it has none."""
+    ranks = next((record.get("ranks") for record in reversed(read_records(path))
+                  if record.get("kind", "epoch") == "epoch"), None)
+    if not isinstance(ranks, list) or not ranks or not all(type(rank) is int for rank in ranks):
+        raise UserError(f"{path} does not end with the ranks of a factored model: --ranks-from needs such a log")
+    return ranks
+
+
+# ======================================================================================================================
+# Part 4: the command line
+# ======================================================================================================================
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1418,66 +1685,88 @@ def number(kind, least=-math.inf, above=-math.inf, below=None):
     below = below or (2**31 if kind is int else math.inf)
     bounds = [f" {word} {bound:,}" for word, bound in (("at least", least), ("above", above), ("below", below))
               if math.isfinite(bound)]
+    what = "whole number" if kind is int else "number"
 
     def parse(text):
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) < below and value > above:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number{' and'.join(bounds)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}{' and'.join(bounds)}")
     return parse
 
 
-def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
-    """The flags, grouped; a dense variant has no rank control."""
-    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Trains a GPT" + " whose linear layers find their own ranks" * low_rank + ".")
-    path = os.path.expanduser  # a shell expands no ~ in --flag=~/name
-    count, positive, fraction = number(int, least=1), number(float, above=0), number(float, least=0, below=1)
+PATH = os.path.expanduser  # a shell expands no ~ in --flag=~/name
+COUNT, POSITIVE, FRACTION = number(int, least=1), number(float, above=0), number(float, least=0, below=1)
+
+
+def build_parser(variant):
+    """The flags, grouped."""
+    parser = Parser(prog=variant.name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description=variant.description)
+    add_model_flags(parser)
+    variant.add_flags(parser)
+    add_training_flags(parser)
+    flag = parser.add_argument_group("files").add_argument
+    flag("--log-file", type=PATH, default=variant.log_file, help="JSON Lines, one record per epoch")
+    flag("--checkpoint", type=PATH,
+         help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
+    flag("--checkpoint-minutes", type=POSITIVE, default=10.0, help="minutes between checkpoints inside an epoch")
+    flag("--resume", action="store_true", help="go on from the last checkpoint, if there is one, else start; --epochs, "
+         "--checkpoint-minutes, the device and the number of processes may differ")
+    flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
+    return parser
+
+
+def add_model_flags(parser):
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-file", type=path, default=DEFAULT_DATA,
+    flag("--data-file", type=PATH, default=DEFAULT_DATA,
          help="text to train on; a bare name is looked for here, then in data/")
     flag("--tokenize", choices=("words", "chars", "bytes"), default="words",
          help="what a token is: a word between spaces, a character, or a byte")
-    flag("--min-count", type=count, default=1, help="words that occur less often in the text become <unk>")
+    flag("--min-count", type=COUNT, default=1, help="words that occur less often in the text become <unk>")
     flag("--val-fraction", type=number(float, above=0, below=1), default=0.01, help="share held out at the end")
-    flag("--test-file", type=path,
+    flag("--test-file", type=PATH,
          help="one more held-out text, evaluated at the end on the best and the last checkpoint")
     flag = parser.add_argument_group("model").add_argument
-    flag("--d-model", type=count, default=GPTConfig.d_model, help="width")
+    flag("--d-model", type=COUNT, default=GPTConfig.d_model, help="width")
     flag("--n-layers", type=number(int, least=1, below=1000), default=GPTConfig.n_layers, help="blocks")
-    flag("--n-heads", type=count, default=GPTConfig.n_heads, help="attention heads")
-    flag("--d-ff", type=count, default=GPTConfig.d_ff, help="width of the feed-forward layers")
+    flag("--n-heads", type=COUNT, default=GPTConfig.n_heads, help="attention heads")
+    flag("--d-ff", type=COUNT, default=GPTConfig.d_ff, help="width of the feed-forward layers")
     flag("--block-size", type=number(int, least=2), default=GPTConfig.block_size, help="context length in tokens")
     flag("--attention", choices=("causal", "bidirectional"), default=GPTConfig.attention,
          help="bidirectional has no mask: the model sees its targets, as in the report")
-    flag("--dropout", type=fraction, default=GPTConfig.dropout, help="dropout probability")
-    if low_rank:
-        group = parser.add_argument_group("ranks")
-        start, flag = group.add_mutually_exclusive_group().add_argument, group.add_argument
-        start("--init-rank", type=count, default=64, help="rank of every layer at the start")
-        start("--ranks-from", type=path, metavar="LOG",
-              help="each layer starts at the rank that it has at the end of this log")
-        flag("--min-rank", type=count, default=RankController.min_rank, help="smallest rank")
-        flag("--max-rank", type=count, help="largest rank; by default the smaller side of each matrix")
-        flag("--fixed-rank", action="store_true", help="ranks stay as they start")
-        flag("--safety-factor", type=positive, default=RankController.safety_factor, help="target rank / stable rank")
-        flag("--ema-decay", type=fraction, default=RankController.ema_decay, help="smoothing of the target")
-        flag("--change-threshold", type=number(float, least=0), default=RankController.change_threshold,
-             help="smallest distance between rank and smoothed target that moves the rank")
-        flag("--max-step", type=count, default=RankController.max_step, help="largest change of a rank at an update")
-        flag("--rank-interval", type=count, help="training steps between rank updates; by default an epoch")
-        flag("--optimizer-on-resize", choices=("reinit", "transport"), default="reinit",
-             help="drop AdamW's state of every parameter (the report's way), or carry it through the resize")
-    else:
-        parser.set_defaults(fixed_rank=True, rank_interval=None, ranks_from=None)
+    flag("--dropout", type=FRACTION, default=GPTConfig.dropout, help="dropout probability")
+
+
+def add_rank_flags(parser):
+    """The flags of the report's method."""
+    group = parser.add_argument_group("ranks")
+    start, flag = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    start("--init-rank", type=COUNT, default=64, help="rank of every layer at the start")
+    start("--ranks-from", type=PATH, metavar="LOG",
+          help="each layer starts at the rank that it has at the end of this log")
+    flag("--min-rank", type=COUNT, default=RankController.min_rank, help="smallest rank")
+    flag("--max-rank", type=COUNT, help="largest rank; by default the smaller side of each matrix")
+    flag("--fixed-rank", action="store_true", help="ranks stay as they start")
+    flag("--safety-factor", type=POSITIVE, default=RankController.safety_factor, help="target rank / stable rank")
+    flag("--ema-decay", type=FRACTION, default=RankController.ema_decay, help="smoothing of the target")
+    flag("--change-threshold", type=number(float, least=0), default=RankController.change_threshold,
+         help="smallest distance between rank and smoothed target that moves the rank")
+    flag("--max-step", type=COUNT, default=RankController.max_step, help="largest change of a rank at an update")
+    flag("--rank-interval", type=COUNT, help="training steps between rank updates; by default an epoch")
+    flag("--optimizer-on-resize", choices=("reinit", "transport"), default="reinit",
+         help="drop the optimizer's state of every parameter (the report's way), or carry it through the resize")
+
+
+def add_training_flags(parser):
     flag = parser.add_argument_group("training").add_argument
     flag("--power-iterations", type=number(int, least=0, below=1000), default=5, help="for the stable rank; 0: exact")
-    flag("--epochs", type=count, default=30, help="epochs in all, those before a --resume included")
-    flag("--steps-per-epoch", type=count, default=200, help="optimizer steps an epoch")
+    flag("--epochs", type=COUNT, default=30, help="epochs in all, those before a --resume included")
+    flag("--steps-per-epoch", type=COUNT, default=200, help="optimizer steps per epoch")
     flag("--batch-size", type=number(int, least=1, below=2**20), default=32, help="windows of --block-size tokens")
-    flag("--grad-accum", type=count, help="parts that a process takes its windows in: the same step on less memory; by "
+    flag("--grad-accum", type=COUNT, help="parts that a process takes its windows in: the same step on less memory; by "
          "default as many as keep a part within 2,048 tokens on a CPU, else 1")
-    flag("--lr", type=positive, default=3e-4, help="learning rate")
+    flag("--lr", type=POSITIVE, default=3e-4, help="learning rate")
     flag("--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine falls to 0 at the end")
     flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
@@ -1487,34 +1776,22 @@ def build_parser(prog, low_rank=True, log_file="logs/v10.jsonl"):
     flag("--compile", action="store_true", help="torch.compile: a minute or two first, needs a C++ compiler")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
          help="of the products; auto: bfloat16 on CUDA if native, and on a CPU if at least twice as fast")
-    flag = parser.add_argument_group("files").add_argument
-    flag("--log-file", type=path, default=log_file, help="JSON Lines, one record per epoch")
-    flag("--checkpoint", type=path,
-         help="last checkpoint, NAME.pt; the best one is NAME.best.pt; by default beside the log")
-    flag("--checkpoint-minutes", type=positive, default=10.0, help="minutes between checkpoints inside an epoch")
-    flag("--resume", action="store_true", help="go on from the last checkpoint, if there is one, else start; --epochs, "
-         "--checkpoint-minutes, the device and the number of processes may differ")
-    flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
-    return parser
 
 
 def check(args):
-    """Raises UserError where one flag contradicts another."""
+    """Raises UserError if one flag contradicts another."""
     if args.d_model % args.n_heads:
         raise UserError(f"--d-model {args.d_model} is not a multiple of --n-heads {args.n_heads}")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if args.warmup_steps >= args.epochs * args.steps_per_epoch:
         raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the run")
-    parts = processes() * (args.grad_accum or 1)
+    parts = process_count() * (args.grad_accum or 1)
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly into {parts} parts "
-                        f"({processes()} processes, --grad-accum {args.grad_accum or 1})")
-    if "init_rank" in args:  # there are ranks to control
-        if args.ranks_from:
-            args.init_rank = None
-        else:
-            check_ranks([args.init_rank], "--init-rank", args)
+                        f"({process_count()} processes, --grad-accum {args.grad_accum or 1})")
+    if "init_rank" in args and not args.ranks_from:
+        check_ranks([args.init_rank], "--init-rank", args)
 
 
 def check_ranks(ranks, source, args):
@@ -1527,51 +1804,88 @@ def check_ranks(ranks, source, args):
                             "smaller side of the matrices ask")
 
 
-LEFT = "interrupted; --resume goes on from the last checkpoint, where there is one"
+def read_request(args, variant, command, locks):
+    """Find whatever is wrong with what the flags ask for before any long work, and lock its files in the ExitStack
+    `locks` -> Request, or None if the run is finished already."""
+    check(args)
+    device = pick_device(args.device)
+    data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
+    files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
+    corpus = load_corpus(data, args.val_fraction, args.block_size, args.tokenize, args.min_count)
+    if args.tokenize == "words" and len(corpus.vocabulary) > (len(corpus.train) + len(corpus.val)) / 2:
+        say(f"*** more than half of the words of {data.name} are distinct: if it is a text without spaces, "
+            "--tokenize chars fits it better")
+    test_tokens = encode(read_words(tests[0], args.tokenize)[0], corpus.vocabulary) if tests else None
+    if tests and len(test_tokens) < 2:
+        raise UserError(f"{args.test_file} has {len(test_tokens)} words; a test needs 2 or more")
+    initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not args.resume else []
+    check_ranks(initial_ranks, f"{args.ranks_from}: rank", args)
+    settings = vars(args) | {
+        "script": variant.name, "command": command, "processes": process_count(), "device": device.type,
+        "data_file": data.name, "data_sha256": corpus.sha256, "test_file": tests[0].name if tests else None,
+        "ranks_from": args.ranks_from and Path(args.ranks_from).name,
+        "log_file": files.log.name, "checkpoint": files.last.name}
+    if args.ranks_from:
+        settings["init_rank"] = None
+    once(files.claim, locks)
+    checkpoint, moved = find_checkpoint(args, files), False
+    settings["grad_accum"] = args.grad_accum or default_grad_accum(args.batch_size // process_count(), args.block_size,
+                                                                   device)
+    dtype_reason = "as --dtype asks"
+    if checkpoint:
+        moved = compare_settings(args, settings, vars(build_parser(variant).parse_args([])), checkpoint)
+        if not args.grad_accum and not moved:
+            settings["grad_accum"] = checkpoint["settings"]["grad_accum"]
+    if args.dtype == "auto" and checkpoint and checkpoint["settings"]["device"] == device.type:
+        settings["dtype"], dtype_reason = checkpoint["settings"]["dtype"], "as the run began"
+    elif args.dtype == "auto":
+        settings["dtype"], dtype_reason = once(choose_dtype, device, args.d_model)
+    if checkpoint and checkpoint["state"]["step"] == args.epochs * args.steps_per_epoch and any(
+            record.get("kind") == "end" for record in read_records(files.log, checkpoint["log_bytes"])):
+        say(f"{files.log} is finished: {args.epochs} epochs. A larger --epochs continues it.")
+        return None
+    return Request(variant, args, settings, dtype_reason, device, files, corpus, test_tokens, initial_ranks, checkpoint,
+                   moved)
 
 
-def stop(number, frame):
-    """The handler of SIGNALS where nothing has to be saved."""
-    raise KeyboardInterrupt(128 + number, LEFT)
+INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if there is one"
+OUT_OF_MEMORY = "out of memory|(allocate|enough) memory|size calc"  # in PyTorch's words
+DISCONNECTED = "gloo|NCCL|[Cc]onnection"
 
 
-def main(argv=None, prog="v10_transformer_lowrank_scaled.py", linear=None, log_file="logs/v10.jsonl"):
-    """Run a command line -> exit code. `linear(n, m)` takes the place of factored layers and rank control (v7)."""
-    argv = sys.argv[1:] if argv is None else argv
-    handlers = handle(stop)
+def main(argv=None, variant=None):
+    """Run a command line -> exit code."""
+    handlers = handle_signals(interrupt)
     try:
         with screens():
-            return run(argv, prog, linear, log_file)
+            return run_command(sys.argv[1:] if argv is None else argv, variant or Variant())
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def run(argv, prog, linear, log_file):
+def run_command(argv, variant):
     """main() on a screen that may vanish."""
     def fail(message, code, everywhere=False):
-        handle(lambda *_: None)  # torchrun ends all processes once one has ended
-        message = message if len(message) <= 1000 else message[:500] + " ... " + message[-400:]
-        if process() == 0 or everywhere:
-            message = f"{prog}: " + f"process {process()}: " * (processes() > 1) + message
-            print(message, file=sys.stderr)
-            if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # so that torchrun's own report ends with it
-                with contextlib.suppress(OSError):
-                    Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": {
-                        "py_callstack": message, "timestamp": str(int(time.time()))}}}))
-        else:  # all come to the same error of the user's, and the others end with process 0
-            time.sleep(1)
+        report_failure(f"{variant.name}: ", message, everywhere)
         return code
 
     try:
         if dist.is_torchelastic_launched():
             dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
             gather("connected")  # before that, the end of one would look like a crash to the others
-        args = build_parser(prog, linear is None, log_file).parse_args(argv)
-        check(args)
-        command = shlex.join([prog] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
-        with contextlib.ExitStack() as held:
-            train(args, prog, command, held, linear)
+        args = build_parser(variant).parse_args(argv)
+        command = shlex.join([variant.name] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
+        with contextlib.ExitStack() as locks:
+            request = read_request(args, variant, command, locks)
+            if request:
+                run = build_run(request)
+                begin(run)
+                if signal_number := train(run):
+                    return fail(f"interrupted; step {run.state.step:,} of {run.total_steps:,} is saved in "
+                                f"{run.files.last}: the same command with --resume goes on from there",
+                                128 + signal_number)
+                finish(run)
         gather("done")  # the processes end together
         return 0
     except (UserError, TrainingError) as error:
@@ -1579,19 +1893,33 @@ def run(argv, prog, linear, log_file):
     except OSError as error:
         return fail(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", 2)
     except KeyboardInterrupt as error:
-        code, said = error.args or (130, LEFT)
-        return fail(said, code, everywhere=said == LEFT)
+        return fail(INTERRUPTED, 128 + (error.args[0] if error.args else signal.SIGINT), everywhere=True)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|(allocate|enough) memory|size calc", str(error)):
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             return fail("error: out of memory: try a larger --grad-accum, which takes a step in more parts, or a "
                         "smaller --batch-size, --block-size, --d-model or --d-ff", 2, everywhere=True)
-        if processes() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
+        if process_count() == 1 or not re.search(DISCONNECTED, str(error)):
             raise
         return fail("error: the connection to another process is lost, which has ended; --resume goes on from the last "
                     "checkpoint", 1, everywhere=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def report_failure(prog, message, everywhere):
+    """Print one line, by process 0 or, if it happened `everywhere` on its own, by each."""
+    handle_signals(ignore)  # torchrun ends all processes once one has ended
+    if process_index() > 0 and not everywhere:  # all come to the same error of the user's, and end with process 0
+        time.sleep(1)
+        return
+    message = message if len(message) <= 1000 else message[:500] + " ... " + message[-400:]
+    message = prog + (f"process {process_index()}: " if process_count() > 1 else "") + message
+    print(message, file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # so that torchrun's own report ends with it
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": {
+                "py_callstack": message, "timestamp": str(int(time.time()))}}}))
 
 
 if __name__ == "__main__":

@@ -10,34 +10,25 @@ the dense matrices, and its factor parameters are theirs.
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 
-class DenseLinear(nn.Linear):
-    """x (..., n) -> x W^T (..., m), without bias, PyTorch's own initialisation."""
+class Dense(v10.Variant):
+    name = "v7_transformer_dense_baseline.py"
+    log_file = "logs/v7.jsonl"
+    description = "Trains a GPT whose linear layers are dense."
 
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    def add_flags(self, parser):
+        parser.set_defaults(fixed_rank=True, rank_interval=None, ranks_from=None)  # there are no ranks
 
-    @property
-    def shape(self):
-        """(m, n), the shape of W."""
-        return tuple(self.weight.shape)
-
-    def factors(self):
-        """W as a product of two matrices of full rank, I W or W I, so that v10's spectra apply to it."""
-        W = self.weight.detach().cpu()
-        identity = torch.eye(min(W.shape))
-        return (identity, W) if W.shape[0] <= W.shape[1] else (W, identity)
+    def linear(self, n, m, rank):
+        return v10.DenseLinear(n, m)
 
 
 def main(argv=None):
-    return v10.main(argv, prog="v7_transformer_dense_baseline.py", linear=DenseLinear, log_file="logs/v7.jsonl")
+    return v10.main(argv, Dense())
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def targets(folder):
 
     def read_ranks(data):
         here.write_bytes(data)
-        assert len(v10.final_ranks(here, 6)) == 6
+        assert all(isinstance(rank, int) for rank in v10.final_ranks(here))
 
     def read_checkpoint(data):
         here.write_bytes(data)

@@ -23,7 +23,7 @@ import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 FLAGS = """--d-model 16 --n-layers 2 --n-heads 2 --d-ff 32 --block-size 8 --batch-size 4 --epochs 20
     --steps-per-epoch 2 --lr 0.02 --lr-schedule cosine --warmup-steps 3 --grad-clip 1 --grad-accum 2
-    --val-fraction 0.1 --device cpu --dtype float32""".split()  # as far as v10 knows: the default dtype makes it float64
+    --val-fraction 0.1 --device cpu --dtype float32""".split()  # which the default dtype makes float64
 RANKS = "--init-rank 12 --min-rank 2 --rank-interval 3 --max-step 2 --safety-factor 2".split()
 RUNS = {"v10_reinit": (v10.main, RANKS), "v10_transport": (v10.main, [*RANKS, "--optimizer-on-resize", "transport"]),
         "v7": (v7.main, [])}

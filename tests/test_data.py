@@ -65,7 +65,7 @@ def test_a_bare_name_is_looked_for_in_data(tmp_path, monkeypatch):
 def test_without_wikitext_the_synthetic_corpus_stands_in_loudly(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(v10, "HERE", tmp_path)
-    assert v10.find_data(v10.build_parser("v10").get_default("data_file")) == tmp_path / "data" / "synthetic.tokens"
+    assert v10.find_data(v10.DEFAULT_DATA) == tmp_path / "data" / "synthetic.tokens"
     said = capsys.readouterr().out
     assert "SYNTHETIC CORPUS" in said
     assert "make data" in said

@@ -119,9 +119,12 @@ OF_V10 = [
     (["--ranks-from", "log"], "--ranks-from: not allowed with argument --init-rank")]
 RANKS_FROM = [  # in the place of --init-rank
     (["nowhere"], "cannot read nowhere: No such file"), (["folder"], "cannot read folder: Is a directory"),
-    (["UNREADABLE"], "cannot read"), (["empty"], "does not end with the ranks of 12 layers"), (["png"], "12 layers"),
-    (["deep"], "12 layers"), (["log"], "12 layers"), (["begun"], "12 layers"), (["noranks"], "12 layers"),
-    (["ranks"], "ranks: rank 17 is not between 2 and 16"), (["dense"], "12 layers"), (["halves"], "12 layers"),
+    (["UNREADABLE"], "cannot read"), (["empty"], "does not end with the ranks of a factored model"),
+    (["png"], "of a factored"),
+    (["deep"], "12 layers"), (["log"], "does not end with the ranks of 12 layers"), (["begun"], "of a factored"),
+    (["noranks"], "of a factored"),
+    (["ranks"], "ranks: rank 17 is not between 2 and 16"), (["dense"], "of a factored"),
+    (["halves"], "of a factored"),
     (["ranks", "--fixed-rank"], "ranks: rank 17 is not between 1 and 16"), ([], "expected one argument")]
 OF_V7 = [([flag, "4"], f"unrecognized arguments: {flag}") for flag in (
     "--init-rank", "--min-rank", "--max-rank", "--safety-factor", "--rank-interval", "--optimizer-on-resize",
@@ -161,9 +164,9 @@ OF_WIKITEXT2 = [(["--out", "good"], "cannot write good"), (["--out", "good/a"], 
                 (["--out"], "expected one argument"), (["word"], "unrecognized"), (["--unknown"], "unrecognized")]
 
 ROWS = [(script, *row) for script, rows in {
-    "v10": [*OF_BOTH, *OF_V10, *flags(v10.build_parser("v10"), ZERO_IS_GOOD)],
+    "v10": [*OF_BOTH, *OF_V10, *flags(v10.build_parser(v10.Variant()), ZERO_IS_GOOD)],
     "v10 --ranks-from": RANKS_FROM,
-    "v7": [*OF_BOTH, *OF_V7, *flags(v10.build_parser("v7", low_rank=False), ZERO_IS_GOOD)],
+    "v7": [*OF_BOTH, *OF_V7, *flags(v10.build_parser(v7.Dense()), ZERO_IS_GOOD)],
     "plot_logs": OF_PLOT_LOGS, "synthetic": OF_SYNTHETIC, "wikitext2": OF_WIKITEXT2}.items() for row in rows]
 BASE = {"v10": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
         "v10 --ranks-from": ["--data-file", "good", *SMALL, "--min-rank", "2", "--ranks-from"],
@@ -207,7 +210,7 @@ def contents(folder):
 def test_wrong_input_is_refused_in_one_line_before_any_work(folder, monkeypatch, capsys, script):
     def too_late(*_, **__):
         raise AssertionError("long work has begun")
-    for module, name in ((v10, "GPT"), (wikitext2, "fetch")):
+    for module, name in ((v10, "leak_check"), (wikitext2, "fetch")):
         monkeypatch.setattr(module, name, too_late)
     for device in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(device, "is_available", lambda: False)

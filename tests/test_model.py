@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 
 
@@ -18,7 +17,7 @@ def small(attention="causal", linear=low_rank, **settings):
 
 
 @pytest.mark.parametrize(("linear", "parameters"), [
-    (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 64), 37_792_253), (v7.DenseLinear, 53_127_677)])
+    (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 64), 37_792_253), (v10.DenseLinear, 53_127_677)])
 def test_the_reports_configuration_has_the_reports_size(linear, parameters):
     with torch.device("meta"):
         model = v10.GPT(v10.GPTConfig(vocab_size=33_277), linear)
@@ -41,7 +40,7 @@ def test_the_layer_computes_its_dense_product_and_derives_its_rank():
     assert list(layer.state_dict()) == ["U", "V"]
 
 
-@pytest.mark.parametrize("linear", [low_rank, v7.DenseLinear])
+@pytest.mark.parametrize("linear", [low_rank, v10.DenseLinear])
 def test_a_later_token_changes_no_earlier_logit_of_a_causal_model(linear):
     model, tokens = small(linear=linear).eval(), torch.randint(31, (1, 16))
     for t in range(15):
@@ -63,7 +62,7 @@ def test_every_earlier_token_changes_the_last_logits():
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_the_leak_check_finds_the_leak_and_only_it(attention, leaks, bfloat16):
     model = small(attention, dropout=0.5)
-    model.bfloat16 = bfloat16
+    model.low_precision = bfloat16
     before = torch.get_rng_state()
     assert v10.leak_check(model)["leaks"] is leaks
     assert torch.equal(before, torch.get_rng_state()), "it draws from the global generator"
@@ -100,7 +99,7 @@ def test_evaluation_predicts_every_token_but_the_first_once_without_padding(n):
 
 
 def test_v7_and_v10_of_one_seed_share_all_but_the_linear_layers_bit_for_bit():
-    ours, theirs = small().state_dict(), small(linear=v7.DenseLinear).state_dict()
+    ours, theirs = small().state_dict(), small(linear=v10.DenseLinear).state_dict()
     shared = [name for name in ours if name in theirs]
     assert len(shared) == 2 + 2 + 2 + 2 * 4  # embeddings, head, final norm, two norms a block
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
@@ -108,7 +107,7 @@ def test_v7_and_v10_of_one_seed_share_all_but_the_linear_layers_bit_for_bit():
 
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20), (20, 20)])
 def test_the_dense_layers_stable_rank_is_that_of_its_weight(shape):
-    layer = v7.DenseLinear(*shape)
+    layer = v10.DenseLinear(*shape)
     W = layer.weight.detach()
     exact = (W.norm()**2 / torch.linalg.matrix_norm(W, 2)**2).item()
     assert isinstance(layer, nn.Linear)
@@ -187,7 +186,7 @@ def test_the_leak_check_never_holds_more_logits_than_a_tile(monkeypatch, attenti
 
 
 def test_dense_weights_are_those_that_the_layers_compute_with():
-    for linear in (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3), v7.DenseLinear):
+    for linear in (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 3), v10.DenseLinear):
         model = v10.GPT(v10.GPTConfig(30, 8, 2, 2, 16, 6), linear)
         weights = v10.dense_weights(model)
         assert list(weights) == list(model.linears())

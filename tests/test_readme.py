@@ -89,7 +89,7 @@ def test_every_make_command_exists(target):
 
 
 def test_every_flag_exists(capsys):
-    known = v10.build_parser("v10").format_help()
+    known = v10.build_parser(v10.Variant()).format_help()
     for script in (plot_logs, results, study, bench):
         with pytest.raises(SystemExit):
             script.main(["--help"])

@@ -574,16 +574,16 @@ def snapshot(model, optimizer):
 def test_no_step_is_taken_from_a_gradient_that_is_not_finite_on(fused, bad):
     model, x, y = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-    total = v10.train_step(model, optimizer, x, y)
+    total = v10.train_step(model, [optimizer], x, y)
     assert torch.isfinite(total)
     before = snapshot(model, optimizer)
     hook = model.blocks[0].up.U.register_hook(lambda gradient: gradient * bad)
-    total = v10.train_step(model, optimizer, x, y, total=total)
+    total = v10.train_step(model, [optimizer], x, y, total=total)
     hook.remove()
     assert not torch.isfinite(total)
-    assert not torch.isfinite(v10.train_step(model, optimizer, x, y, total=total)), "forgotten after a good step"
+    assert not torch.isfinite(v10.train_step(model, [optimizer], x, y, total=total)), "forgotten after a good step"
     assert all(a.equal(b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
-    v10.train_step(model, optimizer, x, y)
+    v10.train_step(model, [optimizer], x, y)
     assert not all(a.equal(b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
 
 

@@ -206,7 +206,7 @@ def test_in_a_bfloat16_run_spectra_and_resizes_stay_in_float32(run, monkeypatch)
     assert len(shrunk) > 12
     assert max(shrunk) < 1e-5
     content = v10.load(log.with_suffix(".pt"))
-    states = [state[name] for state in content["optimizer"]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    states = [state[name] for state in content["optimizer"][0]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
     assert {tensor.dtype for tensor in (*content["model"].values(), *states)} == {torch.float32}
 
 

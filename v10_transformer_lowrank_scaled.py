@@ -214,14 +214,6 @@ class DenseLinear(nn.Linear):
         return (identity, W) if W.shape[0] <= W.shape[1] else (W, identity)
 
 
-def side_by_side(layers, x):
-    """[layer(x) for each layer]. Factored ones share the product with V: one wide product beats thin ones."""
-    if not all(isinstance(layer, LowRankLinearAdaptiveSpectral) for layer in layers):
-        return [layer(x) for layer in layers]
-    h = F.linear(x, torch.cat([layer.V for layer in layers])).split([layer.rank for layer in layers], dim=-1)
-    return [F.linear(part, layer.U) for part, layer in zip(h, layers, strict=True)]  # (..., R) -> (..., m)
-
-
 # ---- The rank controller ---------------------------------------------------------------------------------------------
 
 class Decision(NamedTuple):
@@ -304,8 +296,8 @@ class Block(nn.Module):
 
     def attend(self, x):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.config.n_heads, -1).transpose(1, 2)
-                   for y in side_by_side((self.q, self.k, self.v), x))  # (B, heads, T, C / heads)
+        q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))  # (B, heads, T, C / heads)
         y = attention(q, k, v, self.config.attention == "causal", self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
@@ -363,18 +355,6 @@ class GPT(nn.Module):
 
 def count_parameters(*modules):
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Within it the model drops nothing and keeps no graph; after it, it is as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def leak_check(model):
@@ -487,38 +467,6 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
                "reasons": [d.reason for d in decisions]}
     return update, {i: resize_factors(*factors[i], decision.rank, generator, svds[i])
                     for i, decision in enumerate(decisions) if decision.rank != layers[i].rank}
-
-
-# ---- What a variant may replace --------------------------------------------------------------------------------------
-
-class Variant:
-    """v10 itself. A subclass replaces what it wants; everything else is shared: `main(variant=Mine())`.
-
-    A linear layer has `shape` (m, n), `rank` (None if it is dense) and `factors()`; a factored one also the Parameters
-    `U` and `V`, and `set_factors`, as above. An optimizer has `moments`, as in make_adamw.
-    """
-
-    name = "v10_transformer_lowrank_scaled.py"
-    log_file = "logs/v10.jsonl"
-    description = "Trains a GPT whose linear layers find their own ranks."
-
-    def add_flags(self, parser):
-        """Flags beyond those that all variants share."""
-        add_rank_flags(parser)
-
-    def linear(self, n, m, rank):
-        """A linear layer with n inputs and m outputs, at the start of a run or with the rank that a checkpoint has."""
-        return LowRankLinearAdaptiveSpectral(n, m, rank)
-
-    def controllers(self, layers, args):
-        """An object with `propose` for each layer; [] if ranks stay."""
-        return [] if args.fixed_rank else [
-            RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
-                           min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
-
-    def make_optimizers(self, model, args):
-        """Optimizers that together have every parameter once."""
-        return [make_adamw(model.parameters(), args)]
 
 
 # ======================================================================================================================
@@ -709,6 +657,18 @@ def train_step(model, optimizers, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
     return total
 
 
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Within it the model drops nothing and keeps no graph; after it, it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def evaluate(model, tokens, batch_size):
     """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
     be seen by an unmasked model), every token but the first predicted once. The processes share the batches."""
@@ -736,6 +696,38 @@ def check_finite(loss, step, args, last):
         kept = f". {last} keeps the last good state" if last.exists() else ""
         raise TrainingError(f"epoch {(step - 1) // args.steps_per_epoch + 1}, step {step}: a loss or its gradient is "
                             f"not finite: in a new run, {TRY}{kept}")
+
+
+# ---- What a variant may replace --------------------------------------------------------------------------------------
+
+class Variant:
+    """v10 itself. A subclass replaces what it wants; everything else is shared: `main(variant=Mine())`.
+
+    A linear layer has `shape` (m, n), `rank` (None if it is dense) and `factors()`; a factored one also the Parameters
+    `U` and `V`, and `set_factors`, as above. An optimizer has `moments`, as in make_adamw.
+    """
+
+    name = "v10_transformer_lowrank_scaled.py"
+    log_file = "logs/v10.jsonl"
+    description = "Trains a GPT whose linear layers find their own ranks."
+
+    def add_flags(self, parser):
+        """Flags beyond those that all variants share."""
+        add_rank_flags(parser)
+
+    def linear(self, n, m, rank):
+        """A linear layer with n inputs and m outputs, at the start of a run or with the rank that a checkpoint has."""
+        return LowRankLinearAdaptiveSpectral(n, m, rank)
+
+    def controllers(self, layers, args):
+        """An object with `propose` for each layer; [] if ranks stay."""
+        return [] if args.fixed_rank else [
+            RankController(args.safety_factor, args.ema_decay, args.change_threshold, args.max_step, args.min_rank,
+                           min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
+
+    def make_optimizers(self, model, args):
+        """Optimizers that together have every parameter once."""
+        return [make_adamw(model.parameters(), args)]
 
 
 # ---- A run: what it is made of ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The golden run: losses and ranks of tiny runs in float64 on one thread, which a refactoring must not move.
 
-    python3 tests/golden.py            compare with tests/golden/
-    python3 tests/golden.py --write    write it again, after a change that is meant to move numbers
+    python3 tests/golden.py --write    write tests/golden/ again, after a change that is meant to move numbers
 
 Twenty epochs of two steps, with a rank update every three steps, for both treatments of the optimizer at a resize, and
 for v7. --write refuses a run in which a rank is decided by a hair, which another machine may decide otherwise.
@@ -59,14 +58,13 @@ def closest(found):
 
 
 def main():
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("golden.py: only --write writes the golden run again; tests/test_golden.py compares with it")
     for name in RUNS:
-        found, path = trajectory(name), HERE / "golden" / f"{name}.json"
-        if sys.argv[1:] == ["--write"]:
-            if closest(found) < HAIR:
-                sys.exit(f"{name}: a rank is decided by a hair: choose another seed")
-            path.write_text(json.dumps(found, indent=0) + "\n")
-        elif found != json.loads(path.read_text()):
-            print(f"{name} has moved")
+        found = trajectory(name)
+        if closest(found) < HAIR:
+            sys.exit(f"golden.py: {name}: a rank is decided by a hair: choose another seed")
+        (HERE / "golden" / f"{name}.json").write_text(json.dumps(found, indent=0) + "\n")
 
 
 if __name__ == "__main__":

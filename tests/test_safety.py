@@ -569,11 +569,13 @@ def snapshot(model, optimizer):
         moment for state in optimizer.state.values() for moment in state.values()))]
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+                                  lambda p: torch.optim.AdamW(p, lr=0.1), lambda p: torch.optim.RMSprop(p, lr=0.1)],
+                         ids=["fused", "plain", "other"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_no_step_is_taken_from_a_gradient_that_is_not_finite_on(fused, bad):
+def test_no_step_is_taken_from_a_gradient_that_is_not_finite_on(make, bad):
     model, x, y = small_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    optimizer = make(model.parameters())
     total = v10.train_step(model, [optimizer], x, y)
     assert torch.isfinite(total)
     before = snapshot(model, optimizer)

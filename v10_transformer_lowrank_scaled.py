@@ -58,9 +58,7 @@ try:
 except ImportError:  # Windows: two runs on one log go unnoticed there
     fcntl = None
 
-# ======================================================================================================================
-# Part 1: the method
-# ======================================================================================================================
+# ==== Part 1: the method ==============================================================================================
 
 # ---- Spectra of W = U V, without W (on the CPU: the matrices are small, and not every device has decompositions) -----
 
@@ -68,8 +66,8 @@ def stable_rank(U, V, iterations=0, generator=None):
     """||W||_F^2 / sigma_max^2 of W = U V as a float; 0 for W = 0.
 
     iterations > 0: the report's estimate (2.2, A.1), power iteration from a random vector of n numbers. It gives what
-    the same iteration through W gives, in O((m + n) r) a time. It under-states sigma_max and so over-states the stable
-    rank, by about 13% for 5 iterations on freshly initialised factors.
+    the same iteration through W gives, in O((m + n) r) per iteration. It under-states sigma_max and so over-states the
+    stable rank, by about 13% for 5 iterations on freshly initialised factors.
     iterations = 0: the exact value, from the singular values of the r x r core (see product_svd).
     """
     if iterations == 0:
@@ -110,19 +108,11 @@ def product_svds(factors):
         torch.set_num_threads(threads)
 
 
-class Resized(NamedTuple):
-    """Factors of another rank, and the maps that made them: U' = U A and V' = B V in the first `carried` directions;
-    the others are new, and zero in A and B."""
-
-    U: torch.Tensor  # (m, k)
-    V: torch.Tensor  # (k, n)
-    A: torch.Tensor  # (r, k)
-    B: torch.Tensor  # (k, r)
-    carried: int
-
-
 def resize_factors(U, V, k, generator, svd=None):
-    """Factors of rank k for W = U V (report 2.4) -> Resized. `svd` is product_svd's result, if it is known already.
+    """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
+
+    U' = U A and V' = B V in the first `carried` directions; the others are new, and zero in A and B. `svd` is
+    product_svd's result, if it is known already.
 
     Shrinking keeps the k largest singular values and splits them evenly: U' = P_k S_k^1/2, V' = S_k^1/2 Q_k^T, the best
     approximation of rank k (Eckart and Young); A = V V'^T S_k^-1 and B = S_k^-1 U'^T U, so no factor is inverted. A
@@ -145,11 +135,10 @@ def resize_factors(U, V, k, generator, svd=None):
         scale = kept_V.norm(dim=1).mean() if carried else scale
     new = k - carried
     if not new:
-        return Resized(kept_U, kept_V, A, B, carried)
+        return kept_U, kept_V, A, B, carried
     noise = torch.randn(V.shape[1], new, dtype=V.dtype, generator=generator)
     rows = scale * torch.linalg.qr(torch.cat([kept_V.mT, noise], dim=1)).Q[:, carried:].mT  # (new, n)
-    return Resized(F.pad(kept_U, (0, new)), torch.cat([kept_V, rows]), F.pad(A, (0, new)), F.pad(B, (0, 0, 0, new)),
-                   carried)
+    return F.pad(kept_U, (0, new)), torch.cat([kept_V, rows]), F.pad(A, (0, new)), F.pad(B, (0, 0, 0, new)), carried
 
 
 # ---- The low-rank layer, and its dense control -----------------------------------------------------------------------
@@ -158,7 +147,7 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
     """x (..., n) -> x V^T U^T (..., m), without bias (report 2.1). The rank is U's width and is stored nowhere else.
 
     At initialisation U ~ N(0, 1/m) and V ~ N(0, 1/n) (variances). U lies in memory column by column: its products, and
-    above all that of its gradient, are faster so.
+    above all that of its gradient, are faster that way.
     """
 
     def __init__(self, in_features, out_features, rank):
@@ -345,7 +334,7 @@ class GPT(nn.Module):
                                         torch.bfloat16 if self.low_precision else x.dtype, torch.is_grad_enabled())
 
     def linears(self):
-        """{name: layer} of the linear layers in the blocks, as in 0.q, in the order of every list in the log."""
+        """{name: layer} of the linear layers in the blocks, such as 0.q, in the order of every list in the log."""
         return {name: module for name, module in self.blocks.named_modules() if hasattr(module, "factors")}
 
     def ranks(self):
@@ -410,7 +399,7 @@ def learning_rate(step, rate, args):
 
 
 def transport_moments(optimizer, layer, A, B, carried):
-    """Carry an optimizer's moments to the factors that a layer has been given; A, B and carried are Resized's.
+    """Carry an optimizer's moments to the factors that a layer has been given; A, B and carried are resize_factors'.
 
     With G = dL/dW, dL/dU = G V^T and dL/dV = U^T G. For U' = U A and V' = B V these become (dL/dU) B^T and A^T (dL/dV),
     so m_U' = m_U B^T and m_V' = A^T m_V are exact first moments for the same history of G. Second moments have no exact
@@ -451,10 +440,10 @@ def update_ranks(layers, controllers, ema, optimizers, args, generator):
 
 
 def plan_ranks(layers, controllers, ema, power_iterations, generator):
-    """update_ranks without its effects -> (what the log keeps, {index of a layer: Resized})."""
+    """update_ranks without its effects -> (what the log keeps, {index of a layer: what resize_factors gives})."""
     factors = [layer.factors() for layer in layers]
-    if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # a bound of ||W||_F^2
-        raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {TRY}")
+    if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # an upper bound of ||W||_F^2
+        raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {ADVICE}")
     svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
     exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
@@ -469,9 +458,7 @@ def plan_ranks(layers, controllers, ema, power_iterations, generator):
                     for i, decision in enumerate(decisions) if decision.rank != layers[i].rank}
 
 
-# ======================================================================================================================
-# Part 2: training
-# ======================================================================================================================
+# ==== Part 2: training ================================================================================================
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_DATA = "wiki.train.tokens"
@@ -485,7 +472,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: main() prints it in one line and returns 1."""
 
 
-TRY = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if training diverges
+ADVICE = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if training diverges
 
 
 # ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
@@ -509,7 +496,7 @@ def read_words(path, tokenize="words"):
 
 
 def encode(words, vocabulary):
-    """Words -> tokens (N,); words outside the vocabulary become <unk>. Raises UserError where it has no <unk>."""
+    """Words -> tokens (N,); words outside the vocabulary become <unk>. Raises UserError if it has none."""
     index = {word: i for i, word in enumerate(vocabulary)}
     unknown = index.get("<unk>")
     tokens = [index.get(word, unknown) for word in words]
@@ -695,7 +682,7 @@ def check_finite(loss, step, args, last):
     if not math.isfinite(loss):
         kept = f". {last} keeps the last good state" if last.exists() else ""
         raise TrainingError(f"epoch {(step - 1) // args.steps_per_epoch + 1}, step {step}: a loss or its gradient is "
-                            f"not finite: in a new run, {TRY}{kept}")
+                            f"not finite: in a new run, {ADVICE}{kept}")
 
 
 # ---- What a variant may replace --------------------------------------------------------------------------------------
@@ -712,11 +699,12 @@ class Variant:
     description = "Trains a GPT whose linear layers find their own ranks."
 
     def add_flags(self, parser):
-        """Flags beyond those that all variants share."""
+        """Flags beyond those that all variants share. `fixed_rank`, `rank_interval` and `ranks_from` have to exist, if
+        only as defaults."""
         add_rank_flags(parser)
 
     def linear(self, n, m, rank):
-        """A linear layer with n inputs and m outputs, at the start of a run or with the rank that a checkpoint has."""
+        """A linear layer with n inputs and m outputs, of the initial rank, or of a checkpoint's."""
         return LowRankLinearAdaptiveSpectral(n, m, rank)
 
     def controllers(self, layers, args):
@@ -734,10 +722,10 @@ class Variant:
 
 @dataclass
 class EpochState:
-    """What has come of the epoch that is going on."""
+    """The current epoch so far."""
 
     loss_sum: list[float] = field(default_factory=lambda: [0.0])  # over its steps, in each process
-    time_sec: float = 0.0  # training and rank control
+    time_sec: float = 0.0  # training and rank control, without evaluation
     rank_sec: float = 0.0
     resized: int = 0  # layers
     update: dict = field(default_factory=lambda: dict(NO_UPDATE))  # its last rank update, as the log has it
@@ -749,9 +737,9 @@ class TrainState:
 
     ema: list[float]  # of the controllers
     step: int = 0  # steps taken
-    seconds: float = 0.0  # since the run began, without those in which it was interrupted
+    seconds: float = 0.0  # of running time, interruptions not counted
     epochs: list[dict] = field(default_factory=list)  # the records of those that have ended
-    part: EpochState = field(default_factory=EpochState)  # of the next one
+    part: EpochState = field(default_factory=EpochState)  # the epoch in progress
 
 
 @dataclass
@@ -760,7 +748,7 @@ class Request:
 
     variant: Variant
     args: argparse.Namespace  # the flags
-    settings: dict  # the same as the log and the checkpoints keep them, with what was chosen for them
+    settings: dict  # the flags as the log and the checkpoints record them, automatic choices filled in
     dtype_reason: str
     device: torch.device
     files: "Files"
@@ -773,12 +761,12 @@ class Request:
 
 @dataclass
 class Run(Request):
-    """All that a run is made of; `state` is what changes, beside the weights and the optimizers' own state."""
+    """All that a run is made of; `state` is what changes, besides the weights and the optimizers' own state."""
 
     model: GPT
     optimizers: list
     controllers: list
-    generators: dict  # one for each use of randomness but the first weights and dropout
+    generators: dict  # for batches and for rank estimates
     state: TrainState
     sees_targets: bool = False  # what the leak check says
 
@@ -806,7 +794,7 @@ def build_run(request):
         config = GPTConfig(len(request.corpus.vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
                            args.block_size, args.attention, args.dropout, args.tokenize)
         model = GPT(config, lambda n, m: variant.linear(n, m, next(ranks)))
-        if request.initial_ranks and len(request.initial_ranks) != len(model.ranks()):
+        if request.initial_ranks and request.initial_ranks != model.ranks():
             raise UserError(f"{args.ranks_from} does not end with the ranks of {len(model.ranks())} layers: "
                             "--ranks-from needs the log of a factored model with as many --n-layers")
     model.to(request.device).low_precision = request.settings["dtype"] == "bfloat16"
@@ -824,22 +812,17 @@ def build_run(request):
     # from here on the global generator is dropout's: each process has its own
     torch.manual_seed(args.seed + 1 + 1_000_003 * process_index() + run.state.step)
     if checkpoint:
-        restore(run)
+        states = checkpoint["optimizer"]
+        states = states if isinstance(states, list) else [states]  # older versions had one optimizer
+        for optimizer, saved in zip(optimizers, states, strict=True):
+            for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # as on this device
+            optimizer.load_state_dict(saved)
+        for name, generator in generators.items():
+            generator.set_state(checkpoint["generators"][name])
+        if not run.moved:
+            dropout_rng(run.device).set_rng_state(checkpoint["dropout_states"][process_index()])
     return run
-
-
-def restore(run):
-    """Give the optimizers and generators of a run the states that its checkpoint has."""
-    states = run.checkpoint["optimizer"]
-    states = states if isinstance(states, list) else [states]  # older versions had one optimizer
-    for optimizer, saved in zip(run.optimizers, states, strict=True):
-        for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # fused if the device is
-        optimizer.load_state_dict(saved)
-    for name, generator in run.generators.items():
-        generator.set_state(run.checkpoint["generators"][name])
-    if not run.moved:
-        dropout_generator(run.device).set_rng_state(run.checkpoint["dropout_states"][process_index()])
 
 
 def parameter_groups(optimizers):
@@ -851,10 +834,10 @@ def save_checkpoints(run, best=False):
     model = run.model
     content = {"format": FORMAT, "config": asdict(model.config), "vocabulary": run.corpus.vocabulary,
                "ranks": [layer.rank for layer in run.layers], "model": model.state_dict()}
-    dropout_states = gather(dropout_generator(run.device).get_rng_state())
+    dropout_states = gather(dropout_rng(run.device).get_rng_state())
     if best:
-        save(run.files.best, content)
-    save(run.files.last, content | {
+        once(save, run.files.best, content)
+    once(save, run.files.last, content | {
         "state": asdict(run.state), "settings": run.settings, "log_bytes": run.files.log.stat().st_size,
         "optimizer": [optimizer.state_dict() for optimizer in run.optimizers], "dropout_states": dropout_states,
         "generators": {name: generator.get_state() for name, generator in run.generators.items()}},
@@ -870,14 +853,14 @@ def begin(run):
         leak = leak_check(model)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise TrainingError(f"--compile fails on this machine: {str(error).splitlines()[0]}") from None
-    leak = max(gather(leak), key=lambda leak: leak["max_change"])  # all have seen the files as they were
+    leak = max(gather(leak), key=lambda leak: leak["max_change"])  # also a barrier: all have read the old files
     run.sees_targets = leak["leaks"]
     if run.sees_targets and args.attention == "causal":
         raise TrainingError(f"later tokens change earlier logits (by {leak['max_change']:.1e} of the largest), so "
                             f"{run.device.type} masks wrongly in {settings['dtype']}: try --dtype float32 or --device "
                             "cpu")
-    once(run.files.make_way, run.checkpoint)
-    parameters, in_layers = count_parameters(model), count_parameters(*run.layers)
+    once(run.files.clear, run.checkpoint)
+    parameters, layer_parameters = count_parameters(model), count_parameters(*run.layers)
     if run.checkpoint:
         write_record(run.files.log, "resume", epoch=run.state.step // args.steps_per_epoch, step=run.state.step,
                      epochs=args.epochs, device=run.device.type, processes=process_count(), command=settings["command"])
@@ -887,19 +870,19 @@ def begin(run):
             device_name=device_name(run.device), dtype_reason=run.dtype_reason,
             versions={"python": platform.python_version(), "torch": torch.__version__},
             vocab_size=len(corpus.vocabulary), train_tokens=len(corpus.train), val_tokens=len(corpus.val),
-            parameters=parameters, factor_parameters=in_layers, initial_ranks=model.ranks(),
+            parameters=parameters, factor_parameters=layer_parameters, initial_ranks=model.ranks(),
             layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
             leak_check=leak, entropy_floor=corpus.entropy_floor)
-    where = [device_name(run.device), *([f"{process_count()} processes"] if process_count() > 1 else []),
+    setup = [device_name(run.device), *([f"{process_count()} processes"] if process_count() > 1 else []),
              *([f"{settings['grad_accum']} parts per step"] if settings["grad_accum"] > 1 else [])]
     floor = f", entropy floor {corpus.entropy_floor:.3f}" if corpus.entropy_floor else ""
-    say(f"{run.variant.name}: {parameters:,} parameters, {in_layers:,} of them in {len(run.layers)} linear layers; "
-        f"{settings['dtype']} ({run.dtype_reason}) on {', '.join(where)}\n{settings['data_file']}: "
-        f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
+    say(f"{run.variant.name}: {parameters:,} parameters, {layer_parameters:,} of them in {len(run.layers)} linear "
+        f"layers; {settings['dtype']} ({run.dtype_reason}) on {', '.join(setup)}\n"
+        f"{settings['data_file']}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
         f"{len(corpus.vocabulary):,} words{floor}")
     if run.sees_targets:
         say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
-    if not run.checkpoint:  # from here on --resume has one: a disk that has no room is found before the work
+    if not run.checkpoint:  # from here on --resume always has one, and a full disk is noticed before the work
         save_checkpoints(run)
 
 
@@ -912,30 +895,30 @@ def train(run):
     loss_sum = torch.tensor(sums[process_index()] if len(sums) == process_count() else fmean(sums), device=device)
     wrapped, watch = parallel(model), Stopwatch(device)
     began, saved = time.perf_counter() - state.seconds, time.monotonic()
-    with noted_signals() as signals, Progress(state.step, run.total_steps) as progress:
+    progress = Progress(state.step, run.total_steps, overhead=len(val_tokens) / (3 * run.tokens_per_epoch))
+    with noted_signals() as signals, progress.bar:
         for step in range(state.step + 1, run.total_steps + 1):
             updates, ends = step % interval == 0, step % steps == 0
             for group in parameter_groups(run.optimizers):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
-            x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # it is the same everywhere
+            x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # each takes its share
             loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
             if progress.due():
                 progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks() if run.controllers else [])
             if device.type == "cuda" and not (updates or ends or step % 10 == 0):
                 continue  # to look at the loss is to wait for CUDA
             check_finite(loss_sum.item(), step, args, run.files.last)
+            state.part.time_sec += watch.lap()
 
             # at the end of an epoch: evaluate
             if ends:
-                state.part.time_sec += watch.lap()
                 val_loss = evaluate(model, val_tokens, args.batch_size)
                 check_finite(val_loss, step, args, run.files.last)
                 eval_sec = watch.lap()
 
             # every --rank-interval: measure the spectra, let the controllers decide, resize
             if updates:
-                state.part.time_sec += watch.lap()
                 wrapped = None  # see parallel()
                 state.part.update, resized = update_ranks(run.layers, run.controllers, state.ema, run.optimizers, args,
                                                           run.generators["rank"])
@@ -959,7 +942,6 @@ def train(run):
             late = time.monotonic() - saved > 60 * args.checkpoint_minutes
             signal_number, late = max(gather((signals[0] if signals else 0, late)))
             if ends or late or signal_number:
-                state.part.time_sec += watch.lap()
                 if ends:
                     state.part, loss_sum = EpochState(), torch.zeros_like(loss_sum)
                 state.step, state.seconds = step, time.perf_counter() - began
@@ -991,14 +973,13 @@ def epoch_record(run, epoch, loss_sum, val_loss, eval_sec):
         "peak_memory_mb": peak_memory_mb(run.device)}
 
 
-def epoch_line(run, r):
+def epoch_line(run, record):
     """An epoch's record as the user reads it."""
-    return "  ".join([
-        f"epoch {r['epoch']:3}/{run.args.epochs}", f"train {r['train_loss']:.3f}", f"val {r['val_loss']:.3f}",
-        f"ppl {r['val_ppl']:.1f}",
-        *([f"rank {r['rank_avg']:.1f} ({r['rank_min']}-{r['rank_max']})"] if r["ranks"] else []),
-        f"{r['params_millions']:.2f}M parameters", f"{r['time_sec']:.1f} s", f"{r['tokens_per_sec']:,.0f} tok/s",
-        *(["SEES ITS TARGETS"] if run.sees_targets else [])])
+    line = ("epoch {epoch:3}/{} train {train_loss:.3f}  val {val_loss:.3f}  ppl {val_ppl:.1f}"
+            + ("  rank {rank_avg:.1f} ({rank_min}-{rank_max})" if record["ranks"] else "")
+            + "  {params_millions:.2f}M parameters  {time_sec:.1f} s  {tokens_per_sec:,.0f} tok/s"
+            + ("  SEES ITS TARGETS" if run.sees_targets else ""))
+    return line.format(f"{run.args.epochs} ", **record)
 
 
 def finish(run):
@@ -1011,7 +992,7 @@ def finish(run):
         tokens = run.test_tokens.to(run.device)
         end["test_loss_last"] = evaluate(model, tokens, run.args.batch_size)
         try:
-            best_model = build_model(load(files.best), run.variant.linear).to(run.device)  # evaluate() waited for it
+            best_model = build_model(load(files.best), run.variant.linear).to(run.device)  # evaluate() was a barrier
             best_model.low_precision = model.low_precision
             end["test_loss_best"] = evaluate(best_model, tokens, run.args.batch_size)
         except UserError as error:
@@ -1027,16 +1008,13 @@ def finish(run):
         if end[name] is not None:
             at = f" (epoch {best['epoch']})" if "best" in name else ""
             say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}{at}{leak}")
-    if ranks:
-        say(f"ranks: {settings.get('init_rank') or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
-            f"({min(ranks)}-{max(ranks)})")
-    say(f"parameters in use: {count_parameters(model):,}, {count_parameters(*run.layers):,} of them in the linear "
-        f"layers\nlog: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
+    found = (f"ranks: {settings.get('init_rank') or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
+             f"({min(ranks)}-{max(ranks)}); ") if ranks else ""
+    say(f"{found}parameters in use: {count_parameters(model):,}, {count_parameters(*run.layers):,} of them in the "
+        f"linear layers\nlog: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
 
 
-# ======================================================================================================================
-# Part 3: machinery
-# ======================================================================================================================
+# ==== Part 3: machinery ===============================================================================================
 
 # ---- Several processes, started by torchrun --------------------------------------------------------------------------
 
@@ -1076,12 +1054,12 @@ def parallel(model):
     """The model with its gradients averaged over the processes. DistributedDataParallel notes the parameters' shapes
     when it is made: it has to be dropped before a rank changes (else the next step fails), and made again after (else
     gradients are no longer averaged, silently)."""
-    gc.collect()  # the hooks of a dropped one
+    gc.collect()  # frees the hooks of a dropped one
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process_count() > 1 else model
 
 
 def leave(code):
-    """sys.exit(code), also where the screen is gone. One of several processes skips the interpreter's own end:
+    """sys.exit(code), even if the screen is gone. One of several processes skips the interpreter's own end:
     DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and one that lets go of a tensor only
     then aborts (pytorch#179291)."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -1164,7 +1142,7 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-def dropout_generator(device):
+def dropout_rng(device):
     """The module that keeps the state of the generator that dropout draws from on this device."""
     return torch if device.type == "cpu" else torch.get_device_module(device)
 
@@ -1175,7 +1153,7 @@ def device_name(device):
 
 
 def peak_memory_mb(device):
-    """The most memory that the run has used, on the GPU for CUDA, else by the process; None where it cannot be told."""
+    """The most memory that the run has used, on the GPU for CUDA, else by the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:  # not ru_maxrss: it inherits the peak of the process that started this one
@@ -1192,7 +1170,7 @@ def now(device):
 
 
 class Stopwatch:
-    """lap() gives the seconds since the last one."""
+    """lap() gives the seconds since the last lap, or since the start."""
 
     def __init__(self, device):
         self.device, self.last = device, now(device)
@@ -1212,18 +1190,12 @@ def say(text):
 
 class Progress:
     """One tqdm bar for the whole run, or a plain line every half minute if there is no terminal; after the first steps,
-    how long the run will take."""
+    how long the run will take. `overhead` is the share that evaluation adds to the time of the steps."""
 
-    def __init__(self, done, total):
+    def __init__(self, done, total, overhead):
         self.bar = tqdm(total=total, initial=done, disable=process_index() > 0 or None, unit="step", dynamic_ncols=True)
-        self.count, self.left, self.total = 0, total - done, total
+        self.count, self.left, self.overhead = 0, total - done, overhead
         self.began = self.shown = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
 
     def due(self):
         """Count one more step -> is it time to show how it goes? That waits for the device."""
@@ -1239,20 +1211,20 @@ class Progress:
         if self.count == 1:  # the first step warms up and is not counted
             self.began = self.shown
             return
-        seconds = (self.shown - self.began) / (self.count - 1) * self.left
+        seconds = (self.shown - self.began) / (self.count - 1) * self.left * (1 + self.overhead)
+        time_left = tqdm.format_interval(seconds)
         if self.count == 4 and seconds > 5:
             hint = "; --resume continues an interrupted one, `make demo` takes minutes" if seconds > 3600 else ""
-            say(f"this run will take about {tqdm.format_interval(seconds)}{hint}")
-        elif self.bar.disable and self.count > 4:
-            say(f"  step {self.total - self.left:,}/{self.total:,}: {status}; about {tqdm.format_interval(seconds)} "
-                "to go")
+            say(f"this run will take about {time_left}{hint}")
+        elif self.count != 4 and self.bar.disable:
+            say(f"  step {self.bar.total - self.left:,}/{self.bar.total:,}: {status}; about {time_left} to go")
 
 
 class Screen:
     """A stream to a screen. What it no longer takes is dropped: a closed terminal, or a full disk, ends no training."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # Python has none where it was closed from the start
+        self.stream = stream or open(os.devnull, "w")  # None if it was closed from the start
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="replace")  # letters that it does not have
 
@@ -1283,7 +1255,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 
 
 def handle_signals(handler):
-    """Give all SIGNALS a handler but those that the process has to ignore, as under nohup -> {signal: the old one}."""
+    """Install a handler for all SIGNALS but those that the process ignores, as under nohup -> {signal: the old one}."""
     return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
@@ -1362,7 +1334,7 @@ class Files(NamedTuple):
 
     def claim(self, locks):
         """Lock the log and the checkpoint until the ExitStack `locks` ends, or the process, however it does. Raises
-        UserError if another run has one, if the log is none, or if a file cannot be written."""
+        UserError if another run has one, if the log is not one of this suite, or if a file cannot be written."""
         log = lock(self.log, locks, self.log)
         log.seek(0)
         if not b'{"kind": "run"'.startswith(log.read(14)):
@@ -1374,7 +1346,7 @@ class Files(NamedTuple):
             for path in (self.last, self.best):
                 temporary(path).unlink(missing_ok=True)
 
-    def make_way(self, checkpoint):
+    def clear(self, checkpoint):
         """Cut the log back to what the checkpoint has seen of it. Without a checkpoint remove what an earlier run left,
         its log last, so that what a crash leaves can always be resumed."""
         with writing(self.last):
@@ -1437,8 +1409,8 @@ def append_line(path, line):
 
 
 def read_records(path, start=0):
-    """The records of a log from a byte on. Lines that are none are left out: the last one may be cut off. Raises
-    UserError if the file cannot be read."""
+    """The records of a log from a byte on. Lines that are no records are skipped: a crash may cut off the last one.
+    Raises UserError if the file cannot be read."""
     try:
         lines = path.read_bytes()[start:].splitlines()
     except OSError as error:
@@ -1477,12 +1449,8 @@ def sha256_of(file, size):
 
 
 def save(path, content, previous=None):
-    """torch.save with a seal, by process 0. A crash leaves no half file under `path`; the file that was there becomes
-    `previous`. Raises UserError if the disk does not take it; what was there then stays."""
-    once(save_sealed, path, content, previous)
-
-
-def save_sealed(path, content, previous):
+    """torch.save with a seal. A crash leaves no half file under `path`; the file that was there becomes `previous`.
+    Raises UserError if the disk does not take it; what was there then stays."""
     with writing(path):
         try:
             with open(temporary(path), "w+b") as file:
@@ -1553,28 +1521,24 @@ def find_checkpoint(args, files):
         raise error from None
     if "settings" not in checkpoint:
         raise UserError(f"{last} holds only a model; a run is resumed from its last checkpoint, not from its best one")
-    if not log.exists() or log.stat().st_size < checkpoint["log_bytes"]:
-        raise UserError(f"{log} is missing, or shorter than when {last} was written")
-    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
-        raise UserError(f"{last} is already past --epochs {args.epochs}")
     return checkpoint
 
 
-FREE = {"epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
-        "device", "processes"}  # what may change at a --resume
-
-
-def compare_settings(args, settings, defaults, checkpoint):
+def compare_settings(args, settings, defaults, checkpoint, files):
     """Raises UserError if a checkpoint is not of this run; `defaults` are the flags' and count for those that an older
     checkpoint does not know -> True if it is of another device or another number of processes."""
     old = defaults | checkpoint["settings"]
-    free = FREE | {name for name, chosen in (("dtype", args.dtype == "auto"), ("grad_accum", args.grad_accum is None))
-                   if chosen}
+    free = {"epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
+            "device", "processes", *(name for name in ("dtype", "grad_accum") if vars(args)[name] in (None, "auto"))}
     changed = [f"{name} was {old[name]} and is now {value}" for name, value in settings.items()
                if name not in free and value != old[name]]
     if changed:
         raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs, "
                         "--checkpoint-minutes, the device and the number of processes may change")
+    if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
+        raise UserError(f"{files.last} is already past --epochs {args.epochs}")
+    if not files.log.exists() or files.log.stat().st_size < checkpoint["log_bytes"]:
+        raise UserError(f"{files.log} is missing, or shorter than when {files.last} was written")
     if args.lr_schedule == "cosine" and args.epochs != old["epochs"]:
         say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
     moves = [move.format(settings[name], old[name]) for name, move in (
@@ -1596,7 +1560,7 @@ def build_model(content, linear=LowRankLinearAdaptiveSpectral):
         ranks = iter(content["ranks"] or itertools.repeat(None))  # older versions noted none of a dense model
         return GPT(config, lambda n, m: DenseLinear(n, m) if (rank := next(ranks)) is None else linear(n, m, rank))
 
-    def is_none_of_ours(error):
+    def foreign(error):
         return UserError(f"the checkpoint does not hold a model of this suite ({type(error).__name__})")
     try:
         config, weights = GPTConfig(**content["config"]), content["model"]
@@ -1606,12 +1570,12 @@ def build_model(content, linear=LowRankLinearAdaptiveSpectral):
         if any(weights[name].shape != size for name, size in sizes.items() if name in weights):
             raise IndexError("a weight of another shape")
     except Exception as error:  # sealed, but not by this code
-        raise is_none_of_ours(error) from None
+        raise foreign(error) from None
     model = model_of(linear)
     try:
         model.load_state_dict(weights)
     except Exception as error:
-        raise is_none_of_ours(error) from None
+        raise foreign(error) from None
     return model
 
 
@@ -1663,9 +1627,7 @@ def final_ranks(path):
     return ranks
 
 
-# ======================================================================================================================
-# Part 4: the command line
-# ======================================================================================================================
+# ==== Part 4: the command line ========================================================================================
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1810,8 +1772,6 @@ def read_request(args, variant, command, locks):
     test_tokens = encode(read_words(tests[0], args.tokenize)[0], corpus.vocabulary) if tests else None
     if tests and len(test_tokens) < 2:
         raise UserError(f"{args.test_file} has {len(test_tokens)} words; a test needs 2 or more")
-    initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not args.resume else []
-    check_ranks(initial_ranks, f"{args.ranks_from}: rank", args)
     settings = vars(args) | {
         "script": variant.name, "command": command, "processes": process_count(), "device": device.type,
         "data_file": data.name, "data_sha256": corpus.sha256, "test_file": tests[0].name if tests else None,
@@ -1820,14 +1780,15 @@ def read_request(args, variant, command, locks):
     if args.ranks_from:
         settings["init_rank"] = None
     once(files.claim, locks)
-    checkpoint, moved = find_checkpoint(args, files), False
-    settings["grad_accum"] = args.grad_accum or default_grad_accum(args.batch_size // process_count(), args.block_size,
-                                                                   device)
+    checkpoint = find_checkpoint(args, files)
+    defaults = vars(build_parser(variant).parse_args([]))
+    moved = checkpoint is not None and compare_settings(args, settings, defaults, checkpoint, files)
+    initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not checkpoint else []
+    check_ranks(initial_ranks, f"{args.ranks_from}: rank", args)
+    if not args.grad_accum:
+        settings["grad_accum"] = (checkpoint["settings"]["grad_accum"] if checkpoint and not moved else
+                                  default_grad_accum(args.batch_size // process_count(), args.block_size, device))
     dtype_reason = "as --dtype asks"
-    if checkpoint:
-        moved = compare_settings(args, settings, vars(build_parser(variant).parse_args([])), checkpoint)
-        if not args.grad_accum and not moved:
-            settings["grad_accum"] = checkpoint["settings"]["grad_accum"]
     if args.dtype == "auto" and checkpoint and checkpoint["settings"]["device"] == device.type:
         settings["dtype"], dtype_reason = checkpoint["settings"]["dtype"], "as the run began"
     elif args.dtype == "auto":
@@ -1838,11 +1799,6 @@ def read_request(args, variant, command, locks):
         return None
     return Request(variant, args, settings, dtype_reason, device, files, corpus, test_tokens, initial_ranks, checkpoint,
                    moved)
-
-
-INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if there is one"
-OUT_OF_MEMORY = "out of memory|(allocate|enough) memory|size calc"  # in PyTorch's words
-DISCONNECTED = "gloo|NCCL|[Cc]onnection"
 
 
 def main(argv=None, variant=None):
@@ -1869,15 +1825,16 @@ def run_command(argv, variant):
         args = build_parser(variant).parse_args(argv)
         command = shlex.join([variant.name] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         with contextlib.ExitStack() as locks:
-            request = read_request(args, variant, command, locks)
+            signal_number, request = 0, read_request(args, variant, command, locks)
             if request:
                 run = build_run(request)
                 begin(run)
-                if signal_number := train(run):
-                    return fail(f"interrupted; step {run.state.step:,} of {run.total_steps:,} is saved in "
-                                f"{run.files.last}: the same command with --resume goes on from there",
-                                128 + signal_number)
-                finish(run)
+                signal_number = train(run)
+                if not signal_number:
+                    finish(run)
+        if signal_number:
+            return fail(f"interrupted; step {run.state.step:,} of {run.total_steps:,} is saved in {run.files.last}: "
+                        "the same command with --resume goes on from there", 128 + signal_number)
         gather("done")  # the processes end together
         return 0
     except (UserError, TrainingError) as error:
@@ -1885,12 +1842,13 @@ def run_command(argv, variant):
     except OSError as error:
         return fail(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", 2)
     except KeyboardInterrupt as error:
-        return fail(INTERRUPTED, 128 + (error.args[0] if error.args else signal.SIGINT), everywhere=True)
+        return fail("interrupted; --resume goes on from the last checkpoint, if there is one",
+                    128 + (error.args[0] if error.args else signal.SIGINT), everywhere=True)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+        if isinstance(error, MemoryError) or re.search("out of memory|(allocate|enough) memory|size calc", str(error)):
             return fail("error: out of memory: try a larger --grad-accum, which takes a step in more parts, or a "
                         "smaller --batch-size, --block-size, --d-model or --d-ff", 2, everywhere=True)
-        if process_count() == 1 or not re.search(DISCONNECTED, str(error)):
+        if process_count() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
         return fail("error: the connection to another process is lost, which has ended; --resume goes on from the last "
                     "checkpoint", 1, everywhere=True)

@@ -260,6 +260,12 @@ def test_one_command_starts_a_run_and_goes_on_with_it(run, capsys):
     assert untimed(log, "run")[0]["resume"] is False
 
 
+def test_ranks_from_a_log_count_also_if_resume_has_nothing_to_resume(run):
+    first = run(name="first")
+    log = run("--ranks-from", first, "--resume", name="second", ranks=["--min-rank", 2])
+    assert records(log, "run")[0]["initial_ranks"] == records(first, "epoch")[-1]["ranks"]
+
+
 def test_an_existing_log_is_replaced_only_with_overwrite(run, capsys):
     log = run()
     before = log.read_bytes()

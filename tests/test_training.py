@@ -262,7 +262,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(run, capsys):
 
 def test_ranks_from_a_log_count_also_if_resume_has_nothing_to_resume(run):
     first = run(name="first")
-    log = run("--ranks-from", first, "--resume", name="second", ranks=["--min-rank", 2])
+    log = run("--ranks-from", first, "--min-rank", 2, "--resume", name="second", ranks=[])
     assert records(log, "run")[0]["initial_ranks"] == records(first, "epoch")[-1]["ranks"]
 
 

@@ -6,14 +6,17 @@
 
 Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of training, a table of costs and, for
 several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
-Writes all of it to DIR/tables.md and each table to DIR/*.csv and *.tex (booktabs); beside them the figures, as PNG and
-PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap (layer by epoch) and NAME_final-ranks (block
-by projection). With --report the report's own numbers stand beside each run's, in tables and in NAME_report. A run
-without a causal mask is marked everywhere: it sees its targets. A log that cannot be read is named and left out.
+Writes all of it to DIR/index.html, one page to look at, and to DIR/tables.md; each table to DIR/*.csv and *.tex
+(booktabs); and the figures, as PNG and PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap
+(layer by epoch) and NAME_final-ranks (block by projection). With --report the report's own numbers stand beside each
+run's, in tables and in NAME_report. A run without a causal mask is marked everywhere: it sees its targets. A log that
+cannot be read is named and left out.
 """
 import argparse
+import base64
 import contextlib
 import csv
+import html
 import json
 import math
 import os
@@ -24,7 +27,8 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
-PROJECTIONS = ("Q", "K", "V", "O", "FFN \N{UPWARDS ARROW}", "FFN \N{DOWNWARDS ARROW}")  # in the order of `ranks`
+PROJECTIONS = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "FFN \N{UPWARDS ARROW}",
+               "down": "FFN \N{DOWNWARDS ARROW}"}  # as the report shows them, in its order
 LEAK = "SEES ITS TARGETS"
 DASH = "\N{EN DASH}"  # for what a log does not say
 
@@ -35,6 +39,9 @@ REPORT_TRAINING = {1: (7.156, 6.740, 60, 60, 60.0), 5: (5.778, 6.167, 44, 44, 44
 REPORT_PHASES = {"uniform compression": 1, "differentiation": 8, "collapse": 23}  # the first epoch of each
 REPORT_RANKS = [[10, 10, 18, 24, 10, 10], [10, 10, 22, 23, 24, 22], [17, 14, 15, 20, 17, 27], [10, 13, 11, 25, 18, 32],
                 [11, 10, 10, 22, 13, 27], [9, 10, 11, 23, 14, 26]]
+REPORT_MEANS = {name: fmean(ranks) for name, ranks in zip(PROJECTIONS.values(), zip(*REPORT_RANKS, strict=True),
+                                                           strict=True)}
+REPORT_MEAN = fmean(REPORT_MEANS.values())
 
 
 class LogError(ValueError):
@@ -68,10 +75,44 @@ class Run:
         """As a figure shows it."""
         return label(self.name) + f" ({LEAK})" * bool(self.sees_targets)
 
-    def blocks(self):
-        """The final ranks, a list of six a block; [] for a dense model."""
-        ranks = self.epochs[-1]["ranks"]
-        return [ranks[i:i + 6] for i in range(0, len(ranks), 6)]
+    @property
+    def final_ranks(self):
+        """[] for a dense model."""
+        return self.epochs[-1]["ranks"]
+
+    def layers(self):
+        """The names of the layers in the order of `ranks`, as in 0.q; logs that name none have the report's six for
+        each block."""
+        names = [str(layer.get("name")) for layer in self.settings.get("layers", [])]
+        if len(names) == len(self.final_ranks):
+            return names
+        return [f"{i // 6}.{list(PROJECTIONS)[i % 6]}" for i in range(len(self.final_ranks))]
+
+    def by_projection(self):
+        """{projection, as it is shown: the indices of its layers}."""
+        found = {}
+        for i, name in enumerate(self.layers()):
+            kind = name.rpartition(".")[2]
+            found.setdefault(PROJECTIONS.get(kind, kind), []).append(i)
+        return found
+
+    def grid(self):
+        """-> (names of the blocks, {projection: the final rank in each block, None if it has no such layer})."""
+        blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in self.layers()))
+        grid = {projection: [None] * len(blocks) for projection in self.by_projection()}
+        for name, rank in zip(self.layers(), self.final_ranks, strict=True):
+            block, _, kind = name.rpartition(".")
+            grid[PROJECTIONS.get(kind, kind)][blocks.index(block)] = rank
+        return blocks, grid
+
+    @property
+    def family(self):
+        """What decides a run's colour."""
+        if self.sees_targets:
+            return LEAK
+        if not self.final_ranks:
+            return "dense"
+        return "fixed" if self.settings.get("fixed_rank") else "adaptive"
 
     def total(self, name):
         """Sum of a quantity over all epochs, None where one is missing or does not say."""
@@ -104,8 +145,6 @@ def check(record, run):
     if not isinstance(record, dict):
         raise ValueError("a record is an object, {...}")
     kind = record.get("kind", "epoch")
-    if kind not in ("run", "epoch", "ranks", "resume", "end"):
-        raise ValueError(f"unknown kind of record {str(kind)[:60]!r}")
     if kind == "run" and (run.settings or run.epochs):
         raise ValueError("a second run begins here: each run needs a log of its own")
     needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",)}.get(kind, ())
@@ -118,8 +157,8 @@ def check(record, run):
                              f"not {json.dumps(value)[:60]}")
     ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"),
              "run": record.get("initial_ranks", [])}.get(kind, [])
-    if not isinstance(ranks, list) or len(ranks) % 6 or not all(is_number(rank, int) and rank > 0 for rank in ranks):
-        raise ValueError(f"{'initial_' * (kind == 'run')}ranks should be a list of ranks, six for each block")
+    if not isinstance(ranks, list) or not all(is_number(rank, int) and rank > 0 for rank in ranks):
+        raise ValueError(f"{'initial_' if kind == 'run' else ''}ranks should be a list of ranks")
     if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
         raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
     initial = run.settings.get("initial_ranks")
@@ -135,23 +174,31 @@ def check(record, run):
     return kind
 
 
-def read_log(path, name, init_rank):
-    """A log -> Run. Raises LogError. A last line that was cut off in the middle is left out, with a warning."""
+def records(path):
+    """[(line number, record)] of a log. Raises LogError. A last line that was cut off in the middle is left out, with a
+    warning."""
     try:
-        run, data = Run(name, path.stat().st_mtime), path.read_bytes()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise LogError(f"{path}: {error.strerror}") from None
-    lines = data.split(b"\n")
+    found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"), parse_constant=not_finite)
+            found.append((number, json.loads(line.decode("utf-8"), parse_constant=not_finite)))
         except (ValueError, RecursionError) as error:
             if number == len(lines) > 1:
                 warn(f"{path}:{number}: the last line is cut off and left out")
                 break
             raise LogError(f"{path}:{number}: not a line of JSON ({error})") from None
+    return found
+
+
+def read_log(path, name, init_rank):
+    """A log -> Run. Raises LogError."""
+    run = Run(name)
+    for number, record in records(path):
         try:
             kind = check(record, run)
         except ValueError as error:
@@ -167,9 +214,12 @@ def read_log(path, name, init_rank):
             run.updates = [update for update in run.updates if update["step"] <= (record.get("step") or 0)]
         elif kind == "end":
             run.end = record
+        else:
+            warn(f"{path}:{number}: left out: a record of an unknown kind, {str(kind)[:60]!r}")
     if not run.epochs:
         raise LogError(f"{path}: no epoch in it yet")
-    if run.epochs[-1]["ranks"]:
+    run.written = path.stat().st_mtime
+    if run.final_ranks:
         run.assumed = not run.settings.get("initial_ranks")
         run.initial_rank = init_rank if run.assumed else fmean(run.settings["initial_ranks"])
     return run
@@ -288,7 +338,7 @@ def phases(run):
             break
         slowed, lowest = slowed or loss > 0.98 * lowest, min(loss, lowest)
     rank = run.initial_rank
-    for i, epoch in enumerate(epochs if run.blocks() else []):
+    for i, epoch in enumerate(epochs if run.final_ranks else []):
         low, high = min(epoch["ranks"]), max(epoch["ranks"])
         if low < high and 0 < i < collapse:
             found.append(("differentiation", epochs[i:collapse]))
@@ -380,18 +430,18 @@ def training_table(run):
          Cell(e.get("rank_max")), Cell(e.get("rank_avg"), ".1f")] for e in chosen])
 
 
-def projection_means(blocks):
-    """The mean ranks of the six projections over the blocks."""
-    return [fmean(column) for column in zip(*blocks, strict=True)]
+def projection_means(run):
+    """{projection: the mean of its final ranks}."""
+    return {name: fmean(run.final_ranks[i] for i in of_type) for name, of_type in run.by_projection().items()}
 
 
 def rank_table(run):
-    """The report's Table 2: final ranks, a row a block, and their means."""
-    rows = [[str(i), *map(str, block[:4]), f"{block[4]} / {block[5]}"] for i, block in enumerate(run.blocks())]
-    means = [f"{mean:.1f}" for mean in projection_means(run.blocks())]
+    """The report's Table 2: final ranks, a row for each block, and their means."""
+    blocks, grid = run.grid()
     return Table(f"{run.name}_final-ranks", f"Table 2, {run.name}: ranks after epoch {run.epochs[-1]['epoch']}",
-                 ["Block", "Q", "K", "V", "O", "/".join(PROJECTIONS[4:]).replace("/FFN ", "/")],
-                 [*rows, ["Mean", *means[:4], f"{means[4]} / {means[5]}"]])
+                 ["Block", *grid], [*([block, *map(Cell, ranks)] for block, *ranks in
+                                      zip(blocks, *grid.values(), strict=True)),
+                                    ["Mean", *(Cell(mean, ".1f") for mean in projection_means(run).values())]])
 
 
 def report_tables(run):
@@ -410,11 +460,10 @@ def report_tables(run):
     begins = {name: phase[0]["epoch"] for name, phase in phases(run)}
     yield Table(f"{run.name}_report-phases", f"Phases beside the report's, {run.name}: first epoch of each", [
         "Phase", *header], [beside(name, begins.get(name), theirs, ".0f") for name, theirs in REPORT_PHASES.items()])
-    if run.blocks():
-        means = [projection_means(blocks) for blocks in (run.blocks(), REPORT_RANKS)]
+    if run.final_ranks:
+        ours, theirs = projection_means(run) | {"all": fmean(run.final_ranks)}, REPORT_MEANS | {"all": REPORT_MEAN}
         yield Table(f"{run.name}_report-ranks", f"Table 2 beside the report's, {run.name}: mean final ranks",
-                    ["Projection", *header], [beside(name, *both, ".1f") for name, *both in zip(
-                        (*PROJECTIONS, "all"), *([*mean, fmean(mean)] for mean in means), strict=True)])
+                    ["Projection", *header], [beside(name, ours.get(name), theirs[name], ".1f") for name in theirs])
 
 
 def phase_table(run):
@@ -501,7 +550,7 @@ def contents(runs, report=False):
             yield "No run record: the log does not say what trained it, nor whether its attention had a mask."
         if run.assumed:
             yield f"The log does not say the initial rank: {run.initial_rank:g} is assumed (--init-rank)."
-        found = [training_table(run), *([rank_table(run)] if run.blocks() else []),
+        found = [training_table(run), *([rank_table(run)] if run.final_ranks else []),
                  *(report_tables(run) if report else ()), *([phase_table(run)] if phases(run) else []), cost_table(run)]
         for table in found:
             table.title += mark
@@ -524,6 +573,40 @@ def page(parts):
     """What contents() gave, as Markdown."""
     return "\n\n".join(part if isinstance(part, str) else part.markdown() if part.name == "comparison" else
                        f"{part.title}\n\n{part.markdown()}" for part in parts) + "\n"
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Training logs</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums; font-size: 0.9rem }
+caption { text-align: left; font-weight: 600; padding: 0.3rem 0; white-space: nowrap }
+td, th { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left }
+div { overflow-x: auto } img { max-width: 100%; margin: 0.5rem 0 } h1 { margin-top: 3rem }
+</style>"""
+
+
+def html_page(parts, pictures):
+    """The same with the figures, {name: PNG}, in one page that needs no other file: each run's after its tables."""
+    def picture(name):
+        data = base64.b64encode(pictures[name]).decode()
+        return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+    lines, last = [PAGE, picture("losses")], None
+    shown = {"losses"}
+    for part in [*parts, "# "]:
+        if isinstance(part, str) and part.startswith("# "):
+            mine = [name for name in pictures if last and name.rpartition("_")[0] == last and name not in shown]
+            shown |= set(mine)
+            lines += [*map(picture, mine), f"<h1>{html.escape(part[2:])}</h1>"]
+        elif isinstance(part, str):
+            lines.append(f"<p>{html.escape(part)}</p>")
+        else:
+            last = part.name.rpartition("_")[0] or last
+            lines.append("\n".join([f"<div><table><caption>{html.escape(part.title)}</caption>", row(part.header, "th"),
+                                    *(row(cells, "td") for cells in part.rows), "</table></div>"]))
+    return "\n".join(lines).removesuffix("<h1></h1>") + "\n"
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -569,12 +652,67 @@ def curve(axes, at, seeds, color, **line):
     axes.fill_between(at, seeds.min(0), seeds.max(0), color=color, alpha=0.2, linewidth=0)
 
 
+COLORS = {"dense": "#0072B2", "fixed": "#CC79A7", "adaptive": "#009E73", LEAK: "#D55E00"}  # Okabe and Ito's
+
+
+def shades(families):
+    """A colour for each: that of its family, lighter for the second and the next ones of it."""
+    seen, colors = {}, []
+    for family in families:
+        step = seen[family] = seen.get(family, -1) + 1
+        red, green, blue = (int(COLORS[family][i:i + 2], 16) / 255 for i in (1, 3, 5))
+        weight = 0.75 ** step
+        colors.append(tuple(weight * part + (1 - weight) * 0.85 for part in (red, green, blue)))
+    return colors
+
+
+def label_ends(axes, ends):
+    """Write each (y, text, color) at the right edge, beside the end of its line, without overlaps."""
+    axes.figure.canvas.draw()  # settles the scale
+    line, ends = 1.3 * plt.rcParams["font.size"] / 72 * axes.figure.dpi, sorted(ends, key=lambda end: end[0])
+    places = [axes.transData.transform((0, y))[1] for y, *_ in ends]
+    for _ in range(200):  # two that are too close push each other apart
+        for i in range(1, len(places)):
+            push = (line - (places[i] - places[i - 1])) / 2
+            if push > 0:
+                places[i - 1], places[i] = places[i - 1] - push, places[i] + push
+    for (_, text, color), place in zip(ends, places, strict=True):
+        axes.annotate(text, (1, axes.transAxes.inverted().transform((0, place))[1]), xycoords="axes fraction",
+                      xytext=(5, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
+
+
+def shade_impossible(axes, floor):
+    """Mark the losses below the entropy of the text."""
+    axes.axhspan(min(axes.get_ylim()[0], 0), floor, color="gray", alpha=0.15, linewidth=0)
+    axes.annotate(f"below {floor:.3f}, the entropy of the text:\nno honest model gets here", (0.02, floor),
+                  xycoords=("axes fraction", "data"), xytext=(0, -4), textcoords="offset points", va="top",
+                  color="#444444", fontsize=8)
+
+
+def losses_title(groups):
+    """What the losses say, in one line."""
+    honest = [group for group in groups if not group.first.sees_targets]
+    leaking = [group for group in groups if group.first.sees_targets]
+    floor = next((group.first.settings["entropy_floor"] for group in groups
+                  if group.first.settings.get("entropy_floor")), -math.inf)
+    lowest = {group.name: fmean(best(run)["val_loss"] for run in group.runs) for group in groups}
+    if any(lowest[group.name] < floor for group in leaking):
+        return "Only a model that sees its targets falls below the entropy of the text"
+    if not honest:
+        return "Losses of models that see their targets"
+    winner = min(honest, key=lambda group: lowest[group.name])
+    return (f"Lowest validation loss{' of those with a mask' if leaking else ''}: {label(winner.name)}, "
+            f"{lowest[winner.name]:.3f}")
+
+
 def losses_figure(groups, x="epoch"):
     """Validation and training losses: a line for each configuration, with a band over its seeds."""
     name, where = AXES[x]
     many = len(groups) > 10
-    figure, axes = plt.subplots(figsize=(12 if many else 8, max(5, 1 + 0.24 * len(groups))), layout="constrained")
-    colors = plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else [f"C{i}" for i in range(len(groups))]
+    figure, axes = plt.subplots(figsize=(12 if many else 7, max(4.5, 1 + 0.24 * len(groups))), layout="constrained")
+    colors = (plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else
+              shades([group.first.family for group in groups]))
+    ends = []
     for color, group in zip(colors, groups, strict=True):
         curves = [[(e["epoch"], at, e["val_loss"], e["train_loss"])
                    for e, at in zip(run.epochs, where(run), strict=True)] for run in group.runs]
@@ -582,102 +720,125 @@ def losses_figure(groups, x="epoch"):
         if not common:
             raise LogError(f"{group.name}: its log does not say the {name}, which --x {x} asks for")
         seeds = np.array([[point for point in curve if point[0] in common] for curve in curves])  # (seeds, epochs, 4)
-        _, at, _, train = seeds.mean(0).T
+        _, at, val, train = seeds.mean(0).T
         curve(axes, at, seeds[..., 2], color, marker="o", markersize=3, label=group.label())
         axes.plot(at, train, color=color, linestyle="--", linewidth=1)
-    floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
-              if run.settings.get("entropy_floor")}
-    for floor in sorted(floors):
-        axes.axhline(floor, color="black", linestyle=":", label=f"entropy floor {floor:.3f}: no honest model is below")
-    axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="training loss")
+        ends.append((val[-1], group.label().strip(), color))
     several = any(len(group.runs) > 1 for group in groups)
-    axes.set(xlabel=name, ylabel="validation loss (nats per token)",
-             title="Losses" + ": mean of the seeds, band from lowest to highest" * several)
+    axes.set(xlabel=name, ylabel="loss (nats per token)", title=losses_title(groups))
     leaks = any(group.first.sees_targets for group in groups)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if leaks else None)
+    floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
+              if run.settings.get("entropy_floor")}
+    if floors:
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], min(floors) - 0.5))
+        shade_impossible(axes, min(floors))
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, **{"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {})
+    axes.annotate("validation (line" + (", mean and range of the seeds)" if several else ")") + ", training (dashed)",
+                  (1, 0), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8,
+                  color="#444444")
+    if many:
+        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif x == "parameters":  # which go from right to left
+        axes.legend(fontsize=9)
+    else:
+        label_ends(axes, ends)
     return figure
 
 
 def ranks_figure(run):
     epochs, ranks = history(run)
-    figure, panels = plt.subplots(2, 3, figsize=(9, 5.5), sharex=True, sharey=True, layout="constrained")
-    for i, (axes, name) in enumerate(zip(panels.flat, PROJECTIONS, strict=True)):
-        of_type = ranks[:, i::6]
-        axes.fill_between(epochs, of_type.min(1), of_type.max(1), color=f"C{i}", alpha=0.25, linewidth=0)
-        axes.plot(epochs, of_type.mean(1), color=f"C{i}")
+    projections = run.by_projection()
+    columns = min(3, len(projections))
+    figure, panels = plt.subplots(math.ceil(len(projections) / columns), columns, figsize=(9, 5.5), sharex=True,
+                                  sharey=True, layout="constrained", squeeze=False)
+    for axes, (name, layers) in zip(panels.flat, projections.items(), strict=False):
+        of_type = ranks[:, layers]
+        axes.fill_between(epochs, of_type.min(1), of_type.max(1), color=COLORS[run.family], alpha=0.25, linewidth=0)
+        axes.plot(epochs, of_type.mean(1), color=COLORS[run.family])
         axes.plot(epochs, ranks.mean(1), color="gray", linestyle=":", linewidth=1)
-        axes.set_title(f"{name}: {of_type[-1].mean():.1f} at the end", fontsize=10)
-        axes.grid(alpha=0.3)
+        axes.set_title(f"{label(name)}: {of_type[-1].mean():.1f} at the end", fontsize=10)
     panels[0, 0].set_ylim(bottom=0)
     panels[0, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch", fontsize=10)
-    figure.supylabel("rank", fontsize=10)
-    figure.suptitle(f"{run.label()}: rank by projection\n"
-                    "line: mean of the blocks, band: lowest to highest block, dotted: mean of all layers", fontsize=11)
+    figure.supylabel("rank (line: mean of the blocks, band: their range, dotted: mean of all layers)", fontsize=9)
+    figure.suptitle(ranks_title(run), fontsize=11)
     return figure
+
+
+def ranks_title(run):
+    """Where the ranks began and where they ended, in one line."""
+    ranks = run.final_ranks
+    return (f"{run.label().strip()}: ranks from {run.initial_rank:.3g} to {fmean(ranks):.1f} on average, "
+            f"{min(ranks)} to {max(ranks)}")
 
 
 def heatmap_figure(run):
-    epochs, ranks = history(run)
-    n_layers = ranks.shape[1]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.17 * n_layers), layout="constrained")
-    edges = np.concatenate([[-0.5], np.add(epochs[:-1], epochs[1:]) / 2, [epochs[-1] + 0.5]])
-    image = axes.pcolormesh(edges, np.arange(n_layers + 1), ranks.T, cmap="viridis")
-    axes.set_yticks(np.arange(n_layers) + 0.5, [f"{i // 6} {PROJECTIONS[i % 6]}" for i in range(n_layers)], fontsize=7)
-    axes.hlines(np.arange(6, n_layers, 6), edges[0], edges[-1], color="white", linewidth=1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.invert_yaxis()
-    axes.set(xlabel="epoch (0: at initialisation)", ylabel="block and projection",
-             title=f"{run.label()}: rank of each layer")
-    figure.colorbar(image, label="rank")
+    figure, axes = plt.subplots(figsize=(7.5, 1.5 + 0.15 * len(run.final_ranks)), layout="constrained")
+    draw_heatmap(axes, run)
+    axes.set_title(ranks_title(run))
     return figure
 
 
+def draw_heatmap(axes, run):
+    """The rank of each layer after each epoch, the method's own picture."""
+    epochs, ranks = history(run)
+    names, n_layers = run.layers(), ranks.shape[1]
+    edges = np.concatenate([[-0.5], np.add(epochs[:-1], epochs[1:]) / 2, [epochs[-1] + 0.5]])
+    image = axes.pcolormesh(edges, np.arange(n_layers + 1), ranks.T, cmap="viridis", rasterized=True)
+    shown = [(block, PROJECTIONS.get(kind, kind)) for block, _, kind in (name.rpartition(".") for name in names)]
+    axes.set_yticks(np.arange(n_layers) + 0.5, [label(f"{block} {kind}") for block, kind in shown], fontsize=7)
+    begins = [i for i in range(1, n_layers) if shown[i][0] != shown[i - 1][0]]  # of the next block
+    axes.hlines(begins, edges[0], edges[-1], color="white", linewidth=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.set(xlabel="epoch (0: at initialisation)", ylabel="block and projection")
+    axes.figure.colorbar(image, ax=axes, label="rank")
+
+
 def final_ranks_figure(run):
-    blocks = np.array(run.blocks())
+    names, grid = run.grid()
+    blocks = np.array([[np.nan if rank is None else rank for rank in ranks] for ranks in grid.values()], float).T
     figure, axes = plt.subplots(figsize=(7, 1.8 + 0.45 * len(blocks)), layout="constrained")
     image = axes.imshow(blocks, cmap="viridis", aspect="auto")
-    middle = (blocks.min() + blocks.max()) / 2
+    middle = (np.nanmin(blocks) + np.nanmax(blocks)) / 2
     for (i, j), rank in np.ndenumerate(blocks):
-        axes.text(j, i, str(rank), ha="center", va="center", color="white" if rank <= middle else "black")
-    axes.set_xticks(range(6), [f"{name}\n{mean:.1f}" for name, mean in zip(PROJECTIONS, blocks.mean(0), strict=True)])
-    axes.set_yticks(range(len(blocks)))
-    axes.set(xlabel="projection, and its mean rank", ylabel="block",
-             title=f"{run.label()}: ranks after epoch {run.epochs[-1]['epoch']}")
+        if not np.isnan(rank):
+            axes.text(j, i, f"{rank:.0f}", ha="center", va="center", color="white" if rank <= middle else "black")
+    axes.set_xticks(range(len(grid)), [f"{label(name)}\n{mean:.1f}" for name, mean in zip(
+        grid, np.nanmean(blocks, 0), strict=True)])
+    axes.set_yticks(range(len(blocks)), map(label, names))
+    axes.grid(False)
+    axes.set(xlabel="projection, and its mean rank", ylabel="block", title=ranks_title(run))
     figure.colorbar(image, label="rank")
     return figure
 
 
 def report_figure(run):
     """Losses and ranks of a run, and the points that the report's Table 1 gives of its own."""
-    epochs = [epoch["epoch"] for epoch in run.epochs]
-    reported, points = [*REPORT_TRAINING], list(zip(*REPORT_TRAINING.values(), strict=True))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for key, place, kind, style in (("val_loss", 1, "validation", "-"), ("train_loss", 0, "training", "--")):
-        color = f"C{1 - place}"
+    epochs, color = [epoch["epoch"] for epoch in run.epochs], COLORS[run.family]
+    reported, (train, val, low, high, mean) = [*REPORT_TRAINING], zip(*REPORT_TRAINING.values(), strict=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for key, theirs, kind, style in (("val_loss", val, "validation", "-"), ("train_loss", train, "training", "--")):
         left.plot(epochs, [epoch[key] for epoch in run.epochs], style, color=color, label=f"{kind} loss")
-        left.plot(reported, points[place], "o", color=color, markerfacecolor="white", label=f"{kind} loss, report")
+        left.plot(reported, theirs, "o" if style == "-" else "s", color="black", markerfacecolor="white",
+                  label=f"{kind} loss, report")
     left.set(xlabel="epoch", ylabel="nats per token", title="Losses")
-    left.set_ylim(bottom=0)
-    if run.blocks():
+    if run.final_ranks:
         at, ranks = history(run)
-        right.fill_between(at, ranks.min(1), ranks.max(1), color="C2", alpha=0.2, linewidth=0,
+        right.fill_between(at, ranks.min(1), ranks.max(1), color=color, alpha=0.2, linewidth=0,
                            label="lowest to highest")
-        right.plot(at, ranks.mean(1), color="C2", label="mean")
-    low, high, mean = points[2:]
+        right.plot(at, ranks.mean(1), color=color, label="mean")
     right.errorbar(reported, mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o", color="black",
                    markerfacecolor="white", capsize=3, linewidth=1, label="report: mean, lowest to highest")
     right.set(xlabel="epoch", ylabel="rank", title="Ranks of the layers")
-    right.set_ylim(bottom=0)
     for axes in (left, right):
+        axes.set_ylim(bottom=0)
         axes.axvline(REPORT_PHASES["collapse"], color="gray", linestyle=":", linewidth=1)
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    figure.suptitle(f"{run.label()}, beside the report's run (dotted: the first epoch of its collapse)",
+    figure.suptitle(f"{run.label().strip()}, beside the report's run (dotted: the first epoch of its collapse)",
                     fontsize=11)
     return figure
 
@@ -688,7 +849,7 @@ def figures(runs, x="epoch", report=False):
     for run in runs:
         if report:
             yield f"{run.name}_report", report_figure(run)
-        if run.blocks():
+        if run.final_ranks:
             yield f"{run.name}_ranks", ranks_figure(run)
             yield f"{run.name}_heatmap", heatmap_figure(run)
             yield f"{run.name}_final-ranks", final_ranks_figure(run)
@@ -704,6 +865,9 @@ def start_matplotlib(names=()):
     import numpy as np
     from matplotlib import font_manager, ft2font
     matplotlib.rcdefaults()
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+                         "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+                         "figure.titleweight": "bold", "font.size": 9, "legend.frameon": False, "savefig.dpi": 300})
     wanted, families, letters = set(map(ord, "".join(names))), [], set()
     for path in (font_manager.findfont("DejaVu Sans"), *(font.fname for font in font_manager.fontManager.ttflist)):
         if families and wanted <= letters:
@@ -722,7 +886,7 @@ def start_matplotlib(names=()):
 
 def save(figure, path):
     """A figure as path.png and path.pdf; both are the same, byte for byte, whenever they are made of the same logs."""
-    figure.savefig(path.with_name(path.name + ".png"), dpi=150, bbox_inches="tight")
+    figure.savefig(path.with_name(path.name + ".png"), bbox_inches="tight")
     figure.savefig(path.with_name(path.name + ".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
     plt.close(figure)
 
@@ -779,7 +943,7 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log of v10, v7 or the report's own script")
     parser.add_argument("--out", metavar="DIR", type=home,
-                        help="folder of tables.md and the figures; default: figures/ beside the first log")
+                        help="folder of the page, tables and figures; default: figures/ beside the first log")
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")
     parser.add_argument("--x", choices=AXES, default="epoch", help="axis of the losses (default: epoch)")
     parser.add_argument("--report", action="store_true", help="the report's own numbers beside those of each log")
@@ -800,10 +964,12 @@ def main(argv=None):
         for name, figure in figures(runs, args.x, args.report):
             save(figure, out / name)
             made.append(out / f"{name}.png")
+        pictures = {picture.stem: picture.read_bytes() for picture in made}
+        (out / "index.html").write_text(html_page(parts, pictures), encoding="utf-8", errors="replace")
         if args.tensorboard:
             write_tensorboard(runs, args.tensorboard)
             made.append(args.tensorboard)
-        screen("\n".join([text, *map(str, made), str(out / "tables.md")]))
+        screen("\n".join([text, *map(str, made), str(out / "tables.md"), str(out / "index.html")]))
     except LogError as error:
         print(f"plot_logs.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,14 @@
-"""What the study's logs say: the answers, with tables and figures, in RESULTS.md and in README's section "Results".
+"""The study's tables and figures, from its logs: into RESULTS.md and README.md, whose sentences are written by hand.
 
     python3 results.py                                                 from logs/reference/study   (make results)
-    python3 results.py --study logs/study --out logs/study/results     from runs of one's own; README stays
+    python3 results.py --study logs/study --out logs/study/results     from runs of one's own, into tables.md there
 
-Every number, and every "lower" and "higher", is computed from the logs. Differences are between runs of one seed.
+A page shows a table between <!-- table NAME --> and <!-- end -->. Differences are between runs of one seed. What the
+sentences claim is tested against the logs in tests/test_claims.py.
 """
 import argparse
-import json
-import os
+import re
 import sys
-import textwrap
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -20,33 +19,30 @@ import plot_logs  # noqa: E402
 from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, home, perplexity  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- make results writes from here -->", "<!-- to here -->"
-OURS = "54bfa838"  # SHA-256 of the text that the committed logs were trained on begins with it
-NAMES = {"dense": "dense (v7)", "fixed": "fixed at the initial rank", "adaptive": "adaptive (v10)",
-         "transport": "adaptive, with transport",
-         "fixed_mean": "fixed at the mean found", "retrained": "ranks found and trained afresh"}
+REFERENCE = HERE / "logs" / "reference" / "study"
+PAGES = ("README.md", "RESULTS.md")
+NAMES = {"dense": "dense (v7)", "fixed": "fixed at 64", "adaptive": "adaptive (v10)",
+         "transport": "adaptive, with transport", "fixed_mean": "fixed at the mean found",
+         "retrained": "ranks found, trained afresh"}
 COUNTED = {"bigram": "pairs of words, counted", "unigram": "words, counted"}
 SETTINGS = {"": "the report's settings", "tuned_": "settings tuned on the dense model"}
 
 
 class Study:
-    """The logs of a folder: groups of ended runs by name, and the other records."""
+    """The logs of a folder: groups of ended runs by name, and the other records. Raises LogError."""
 
     def __init__(self, folder):
-        records, found = [], defaultdict(list)
+        records, runs = [], defaultdict(list)
         if not folder.is_dir():
             raise LogError(f"{folder}: there is no such folder")
         for path in sorted(folder.glob("*.jsonl")):
             name, _, seed = path.stem.rpartition("_s")
             if seed.isdigit():
                 run = plot_logs.read_log(path, path.stem, 64)
-                found[name] += [run] * bool(run.end)
+                runs[name] += [run] if run.end else []
             else:
-                try:
-                    records += map(json.loads, path.read_text(encoding="utf-8").splitlines())
-                except ValueError as error:
-                    raise LogError(f"{path}: not lines of JSON ({error})") from None
-        self.groups = {name: Group(name, runs) for name, runs in found.items() if runs}
+                records += [record for _, record in plot_logs.records(path)]
+        self.groups = {name: Group(name, members) for name, members in runs.items() if members}
         self.ngrams, self.speed = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                    for kind in ("ngrams", "speed"))
         self.probes = defaultdict(list)
@@ -57,6 +53,9 @@ class Study:
     def values(self, name, value):
         return self.groups[name].values(value)
 
+    def mean(self, name, value):
+        return fmean(self.values(name, value))
+
     def cell(self, name, value, form=".3f"):
         return Cell(self.values(name, value), form)
 
@@ -66,8 +65,8 @@ class Study:
         return [by_seed[0][seed] - by_seed[1][seed] for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
 
     def collapses(self, name):
-        """[the epoch by which the loss of each run has collapsed, or None]: it is below the text's entropy, or where
-        that is not known, a nat below the loss of counted pairs of words."""
+        """[the epoch by which the loss of each run has collapsed, or None]: it is below the text's entropy, or if that
+        is not known, a nat below the loss of counted pairs of words."""
         floor = self.groups[name].first.settings["entropy_floor"]
         mark = self.ngrams["val"]["bigram"] - 1 if floor is None else floor
         return [next((epoch["epoch"] for epoch in run.epochs if epoch["val_loss"] < mark), None)
@@ -98,6 +97,7 @@ def mean_rank(run):
 
 
 def linear_parameters(run):
+    """In millions."""
     return run.epochs[-1]["factor_params_millions"]
 
 
@@ -107,50 +107,22 @@ def linear_parameters_at_best(run):
     return before[-1] if before else run.settings["factor_parameters"] / 1e6
 
 
-def told(values, form=".3f"):
-    """Mean, range and n, in words."""
-    mean, low, high = (format(value, form) for value in Cell(values, form).numbers())
-    return f"{mean} ({low} to {high}, n = {len(values)})" if len(values) > 1 else f"{mean} (n = 1)"
-
-
-def compared(values):
-    """Differences of losses in words: how far below or above on average, and in how many seeds."""
-    below = fmean(values) < 0
-    count = sum((value < 0) == below for value in values)
-    return f"{abs(fmean(values)):.3f} nats {'lower' if below else 'higher'} ({count} of {len(values)} seeds)"
-
-
-def listed(parts):
-    return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
-
-
-def wrapped(text, indent=""):
-    """A paragraph in lines of at most 120 characters."""
-    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def size_flags(study):
-    """The flags that the causal runs of the study's own size have in common."""
-    commands = [study.groups[name].first.settings["command"].split()[1:] for name in ("adaptive", "dense", "fixed")]
-    return os.path.commonprefix(commands)
-
-
-def commands(study, *names):
-    """The commands of the first seed, as a block of Markdown, with $SIZE for the flags of the study's size."""
-    size = " ".join(size_flags(study))
-    lines = (f"python3 {study.groups[name].first.settings['command']}".replace(size, "$SIZE") for name in names)
-    return "\n".join(["```", *lines, "```"])
-
-
-# ---- The questions ---------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 PROBED = {"val_loss_masked": ("with the mask put on", ".3f"), "loss_at_last_position": ("last position", ".3f"),
           "loss_at_other_positions": ("others", ".3f"), "accuracy": ("right", ".0%"),
           "predicts_word_put_there": ("word put there", ".0%"), "predicts_word_of_the_text": ("of the text", ".0%")}
 
 
+def summary(study):
+    """README's: what each configuration reaches with how many parameters."""
+    return Table("summary", "", [f"n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers",
+                                 "best val loss, the report's settings", "tuned settings"], [
+        [NAMES[name], study.cell(name, linear_parameters, ".2f"), study.cell(name, best_loss),
+         study.cell(f"tuned_{name}", best_loss)] for name in NAMES])
+
+
 def leak(study):
-    """Is the collapse a leak?"""
     def row(name, label):
         return [label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
                 study.cell(name, best_perplexity, ",.2f"), Cell(study.collapses(name), ".0f"),
@@ -158,48 +130,14 @@ def leak(study):
 
     def mark(label, loss):
         return [label, DASH, Cell(loss, ".3f"), Cell(perplexity(loss), ",.2f"), *[DASH] * 7]
-    floor = study.groups["synthetic"].first.settings["entropy_floor"]
-    table = Table("leak", "", ["", "n", "best val loss", "perplexity", "collapsed by epoch",
-                               *(title for title, _ in PROBED.values())], [
+    return Table("leak", "", ["", "n", "best val loss", "perplexity", "collapsed by epoch",
+                              *(title for title, _ in PROBED.values())], [
         row("bidirectional", f"adaptive, {LEAK}"), row("bidirectional_fixed", f"fixed ranks, {LEAK}"),
         row("bidirectional_dense", f"dense, {LEAK}"), row("adaptive", "adaptive, causal"),
         *(mark(label, study.ngrams["val"][kind]) for kind, label in COUNTED.items()),
         row("synthetic_bidirectional", f"synthetic text: adaptive, {LEAK}"),
-        row("synthetic", "synthetic text: adaptive, causal"), mark("entropy of the synthetic text", floor)])
-    masked, at_last, at_others, right, put_there, of_the_text = (
-        Cell(study.probe("bidirectional", key), form) for key, (_, form) in PROBED.items())
-    copies = fmean(put_there.values) > fmean(of_the_text.values)
-    text = (f"Without the mask the validation loss falls to {told(study.values('bidirectional', best_loss))}, in the "
-            f"report to {plot_logs.REPORT_TRAINING[30][1]}, where counting pairs of words gives "
-            f"{study.ngrams['val']['bigram']:.3f}; with it, the same run stays at "
-            f"{told(study.values('adaptive', best_loss))}. On a synthetic text whose entropy is {floor:.3f} it is "
-            f"{told(study.values('synthetic_bidirectional', best_loss))} and "
-            f"{told(study.values('synthetic', best_loss))}. "
-            + ("It is a leak: the" if copies else "Whether it is a leak is open: the")
-            + f" unmasked weights score {masked} once the mask is put on; at the last position of each block, whose "
-            f"target is not among the inputs, {at_last}, and {at_others} at the others; and where a word of the input "
-            f"is replaced, the prediction before it is the replacement in {put_there} of cases, the word of the "
-            f"text in {of_the_text} (with nothing replaced it is right in {right}).")
-    return [table], text
-
-
-def comparison_rows(study, prefix):
-    """A row for each configuration of one regime, and its name."""
-    dense, adaptive = f"{prefix}dense", f"{prefix}adaptive"
-    for name in (prefix + name for name in NAMES):
-        speed = study.speed.get("over_dense", {}).get(name, 1.0 if name == dense else None)
-        yield name, [NAMES[name.removeprefix(prefix)], str(len(study.groups[name].runs)),
-                     study.cell(name, mean_rank, ".1f"), study.cell(name, linear_parameters, ".2f"),
-                     Cell(speed and 1 / speed, ".2f"), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
-                     study.cell(name, linear_parameters_at_best, ".2f"),
-                     Cell(study.differences(name, adaptive, best_loss) if name != adaptive else None, "+.3f"),
-                     study.cell(name, last_loss), study.cell(name, best_perplexity, ",.1f")]
-    losses, epochs = equal_time(study, prefix)
-    difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs]
-    yield f"{prefix}dense_equal_time", [
-        f"dense, {epochs} epochs: as long as adaptive takes", str(len(losses)), DASH,
-        study.cell(dense, linear_parameters, ".2f"), Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH, DASH,
-        Cell(difference, "+.3f"), DASH, Cell([perplexity(loss) for loss in losses.values()], ",.1f")]
+        row("synthetic", "synthetic text: adaptive, causal"),
+        mark("entropy of the synthetic text", study.groups["synthetic"].first.settings["entropy_floor"])])
 
 
 def equal_time(study, prefix):
@@ -210,93 +148,58 @@ def equal_time(study, prefix):
     return {run.settings["seed"]: min(epoch["val_loss"] for epoch in run.epochs[:epochs]) for run in runs}, epochs
 
 
-def comparison(study):
-    """Is adaptive rank worth it?"""
-    header = ["", "n", "mean rank at the end", "M parameters in the linear layers", "speed (dense: 1)", "best val loss",
-              "at epoch", "M parameters there", f"{DASH} adaptive", "last val loss", "perplexity"]
-    return [Table(f"{prefix}comparison", f"With {settings}", header, [row for _, row in comparison_rows(study, prefix)])
-            for prefix, settings in SETTINGS.items()], " ".join(verdict(study))
-
-
-def verdict(study):
-    """Who wins in each regime, and whether adaptive ranks are worth their while -> (the short answer, the numbers)."""
-    first, places, said, worth = [], defaultdict(list), [], {"adaptive": [], "transport": []}
-    for prefix, settings in SETTINGS.items():
-        mean = {name: fmean(study.values(prefix + name, best_loss)) for name in NAMES}
-        order = sorted(mean, key=mean.get)
-        first.append(NAMES[order[0]])
-        for kind in worth:
-            places[kind].append(str(order.index(kind) + 1))
-            fixed = {name: study.differences(prefix + name, prefix + kind, last_loss)
-                     for name in ("fixed_mean", "retrained")}
-            if min(fixed["fixed_mean"] + fixed["retrained"]) > 0:
-                worth[kind].append(settings)
-            said.append(f"With {settings}, compared with {NAMES[kind]}, the last loss is: " + "; ".join(
-                f"{NAMES[name]}, {compared(values)}" for name, values in fixed.items()) + ".")
-
-    afresh = [f"{compared(study.differences(prefix + 'retrained', prefix + 'fixed_mean', best_loss))} with {settings}"
-              for prefix, settings in SETTINGS.items()]
-
-    def where(found):
-        return "in both settings" if len(found) == 2 else f"only with {found[0]}" if found else "in neither setting"
-    winners = f"{first[0]} in both settings" if len(set(first)) == 1 else listed(
-        [f"{name} with {settings}" for name, settings in zip(first, SETTINGS.values(), strict=True)])
-    return (f"**The lowest loss is that of {winners}. Of {len(NAMES)} configurations adaptive ranks come in as number "
-            f"{listed(places['adaptive'])}, and with AdamW's moments transported through each resize as number "
-            f"{listed(places['transport'])}. At the last epoch, with about as many parameters, adaptive ranks beat "
-            f"ranks fixed from the start in every seed {where(worth['adaptive'])}, with transport "
-            f"{where(worth['transport'])}.** Trained afresh, the ranks found reach a best loss that is, beside that of "
-            f"one fixed rank of their mean, {listed(afresh)}.", " ".join(said))
+def comparison(study, prefix=""):
+    """Every configuration of one regime, and the dense model in the time of the adaptive one."""
+    dense, adaptive, rows = f"{prefix}dense", f"{prefix}adaptive", []
+    for name in (prefix + name for name in NAMES):
+        speed = study.speed.get("over_dense", {}).get(name, 1.0 if name == dense else None)
+        rows.append([NAMES[name.removeprefix(prefix)], study.cell(name, mean_rank, ".1f"),
+                     study.cell(name, linear_parameters, ".2f"), Cell(speed and 1 / speed, ".2f"),
+                     study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
+                     study.cell(name, linear_parameters_at_best, ".2f"),
+                     Cell(study.differences(name, adaptive, best_loss) if name != adaptive else None, "+.3f"),
+                     study.cell(name, last_loss), study.cell(name, best_perplexity, ",.1f")])
+    losses, epochs = equal_time(study, prefix)
+    difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs]
+    rows.append([
+        f"dense, {epochs} epochs: as long as adaptive takes", DASH, study.cell(dense, linear_parameters, ".2f"),
+        Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH, DASH, Cell(difference, "+.3f"), DASH,
+        Cell([perplexity(loss) for loss in losses.values()], ",.1f")])
+    return Table(f"{prefix}comparison", "", [
+        f"n = {len(study.groups[dense].runs)}", "mean rank at the end", "M parameters in the linear layers",
+        "speed (dense: 1)", "best val loss", "at epoch", "M parameters there", f"{DASH} adaptive", "last val loss",
+        "perplexity"], rows)
 
 
 def hypotheses(study):
-    """The report's three explanations (its section 5.2)."""
-    def when(name):
-        found, losses = study.collapses(name), told(study.values(name, best_loss))
-        came = [epoch for epoch in found if epoch]
-        by = f", by epoch {Cell(came, '.0f')}" if came else ""
-        return f"the loss collapses in {len(came)} of {len(found)} seeds{by}; the lowest is {losses}"
+    """The report's three explanations (its section 5.2), and a run that could refute each."""
+    long = len(study.groups["long"].first.epochs)
+    return Table("hypotheses", "", ["the report's explanation", "a run that could refute it", "collapsed by epoch",
+                                    "lowest val loss"], [
+        [explanation, label, Cell(study.collapses(name), ".0f"), study.cell(name, best_loss)]
+        for explanation, label, name in (
+            ("Rank stabilization enables optimization", "no mask, ranks fixed from the start", "bidirectional_fixed"),
+            ("Compression as regularization", "no mask, dense layers", "bidirectional_dense"),
+            ("Delayed feature learning", f"causal, adaptive, {long} epochs", "long"))])
 
-    def row(explanation, name, label, refuted):
-        return [explanation, label, when(name), "against it" if refuted else "not against it"]
-    long = study.groups["long"].first.epochs
-    moving = [run.epochs[epoch - 1]["resized"] for run, epoch in zip(
-        study.groups["bidirectional"].runs, study.collapses("bidirectional"), strict=True) if epoch]
-    table = Table("hypotheses", "", ["the report's explanation", "a run that could refute it", "what happens",
-                                     "speaks"], [
-        row("Rank stabilization enables optimization", "bidirectional_fixed", "no mask, ranks fixed from the start",
-            None not in study.collapses("bidirectional_fixed")),
-        row("Compression as regularization", "bidirectional_dense", "no mask, dense layers",
-            None not in study.collapses("bidirectional_dense")),
-        row("Delayed feature learning", "long", f"causal, adaptive, {len(long)} epochs",
-            set(study.collapses("long")) == {None})])
-    dense, fixed, adaptive = (Cell(study.collapses(f"bidirectional{kind}"), ".0f") for kind in ("_dense", "_fixed", ""))
-    n_ranks = len(study.groups["bidirectional"].first.epochs[-1]["ranks"])
-    text = (f"Without the mask the loss has collapsed by epoch {dense} in the dense model, {fixed} with ranks fixed "
-            f"from the start, and {adaptive} with adaptive ranks, {Cell(moving, '.0f')} of {n_ranks} of which change "
-            f"in that very epoch. With the mask {when('long')}, at epoch "
-            f"{Cell(study.values('long', best_epoch), '.0f')} of {len(long)}.")
-    return [table], text
+
+def untrained(study):
+    """The controller on weights that learn nothing."""
+    epochs = [epoch for epoch in plot_logs.REPORT_TRAINING if epoch <= len(study.groups["untrained"].first.epochs)]
+    return Table("untrained", "", ["update", "mean rank, untrained", "the report's"], [
+        [str(epoch), Cell(study.values("untrained", lambda run, e=epoch: run.epochs[e - 1]["rank_avg"]), ".1f"),
+         Cell(plot_logs.REPORT_TRAINING[epoch][4], ".1f")] for epoch in epochs])
 
 
 def choices(study):
     """What becomes of the optimizer at a resize, and how the stable rank is estimated."""
-    rows = [[label, str(len(study.groups[name].runs)), study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
-             Cell(study.differences(name, "adaptive", best_loss) if name != "adaptive" else None, "+.3f"),
-             study.cell(name, last_loss), study.cell(name, mean_rank, ".1f")]
-            for name, label in (("adaptive", "reinit, 5 power iterations (the report's)"),
-                                ("transport", "transport, 5 power iterations"), ("exact", "reinit, exact stable rank"))]
-    over = [measured / exact - 1 for run in study.groups["adaptive"].runs for epoch in run.epochs
-            for measured, exact in zip(epoch["stable_ranks"], epoch["stable_ranks_exact"], strict=True)]
-    text = (f"Carrying AdamW's moments through a resize makes the best loss "
-            f"{compared(study.differences('transport', 'adaptive', best_loss))} than dropping them, and the last one "
-            f"{compared(study.differences('transport', 'adaptive', last_loss))}. Five power iterations over-state the "
-            f"stable rank by {fmean(over):.1%} on average over the epochs and layers of the adaptive runs; with exact "
-            f"values the mean rank ends at {study.cell('exact', mean_rank, '.1f')} instead of "
-            f"{study.cell('adaptive', mean_rank, '.1f')}, and the best loss is "
-            f"{compared(study.differences('exact', 'adaptive', best_loss))}.")
-    return [Table("choices", "", ["", "n", "best val loss", "at epoch", f"{DASH} the report's", "last val loss",
-                                  "mean rank at the end"], rows)], text
+    return Table("choices", "", ["", "best val loss", "at epoch", f"{DASH} the report's", "last val loss",
+                                 "mean rank at the end"], [
+        [label, study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
+         Cell(study.differences(name, "adaptive", best_loss) if name != "adaptive" else None, "+.3f"),
+         study.cell(name, last_loss), study.cell(name, mean_rank, ".1f")]
+        for name, label in (("adaptive", "reinit, 5 power iterations (the report's)"),
+                            ("transport", "transport, 5 power iterations"), ("exact", "reinit, exact stable rank"))])
 
 
 RANKED = {"bidirectional": LEAK, "adaptive": "causal", "exact": "causal, exact stable rank",
@@ -304,40 +207,15 @@ RANKED = {"bidirectional": LEAK, "adaptive": "causal", "exact": "causal, exact s
 
 
 def projections(study):
-    """Do the projection types differ as the report's Table 2 says?"""
-    report = plot_logs.projection_means(plot_logs.REPORT_RANKS)
-    rows = [["the report", DASH, *(Cell(mean, ".1f") for mean in [*report, fmean(report)])]]
+    """Mean final ranks by projection."""
+    rows = [["the report", *(Cell(mean, ".1f") for mean in plot_logs.REPORT_MEANS.values()),
+             Cell(plot_logs.REPORT_MEAN, ".1f")]]
     for name, label in RANKED.items():
-        means = [plot_logs.projection_means(run.blocks()) for run in study.groups[name].runs]
-        rows.append([label, str(len(means)), *(Cell(list(column), ".1f") for column in zip(*means, strict=True)),
-                     Cell([fmean(mean) for mean in means], ".1f")])
-    causal = [plot_logs.projection_means(run.blocks()) for run in study.groups["adaptive"].runs]
-    lowest = sum(max(mean[:2]) < min(mean[2:]) for mean in causal)
-    highest = sum(mean[3] > max(mean[:3]) for mean in causal)
-    means = [fmean(column) for column in zip(*causal, strict=True)]  # over the seeds
-    order = sorted(range(6), key=means.__getitem__)
-    names = [plot_logs.PROJECTIONS[i] for i in order]
-    text = (f"In the report Q and K have the lowest mean ranks ({report[0]:.1f} both) and O the highest of the "
-            f"attention projections ({report[3]:.1f}). Under the mask Q and K are the two lowest in {lowest} of "
-            f"{len(causal)} seeds, and O is the highest of the four in {highest} of {len(causal)}; from the lowest "
-            f"mean to the highest the order here is {', '.join(names)}, between {means[order[0]]:.1f} and "
-            f"{means[order[-1]]:.1f}.")
-    return [Table("projections", "", ["", "n", *plot_logs.PROJECTIONS, "all"], rows)], text
-
-
-def untrained(study):
-    """How much of the reduction is the controller's own?"""
-    epochs = [epoch for epoch in plot_logs.REPORT_TRAINING if epoch <= len(study.groups["untrained"].first.epochs)]
-    rows = [[str(epoch), Cell(study.values("untrained", lambda run, e=epoch: run.epochs[e - 1]["rank_avg"]), ".1f"),
-             Cell(plot_logs.REPORT_TRAINING[epoch][4], ".1f")] for epoch in epochs]
-    left, start = study.values("untrained", mean_rank), study.groups["untrained"].first.initial_rank
-    end = plot_logs.REPORT_TRAINING[30][4]
-    text = (f"In a model of the report's size whose weights learn nothing (a learning rate of 1e-12), the same "
-            f"controller takes the mean rank from {start:g} to {told(left, '.1f')} in {epochs[-1]} updates: the stable "
-            f"rank of a random product is well below its rank, and falls with it. That is "
-            f"{(start - fmean(left)) / (start - end):.0%} of the report's reduction from {start:g} to {end:g}, with "
-            f"nothing learnt at all.")
-    return [Table("untrained", "", ["update", "mean rank, untrained", "the report's"], rows)], text
+        runs = study.groups[name].runs
+        means = [plot_logs.projection_means(run) for run in runs]
+        rows.append([label, *(Cell([mean[kind] for mean in means], ".1f") for kind in plot_logs.REPORT_MEANS),
+                     Cell([mean_rank(run) for run in runs], ".1f")])
+    return Table("projections", "", ["", *plot_logs.REPORT_MEANS, "all"], rows)
 
 
 def official(study):
@@ -345,178 +223,154 @@ def official(study):
     rows = []
     for name in ("dense", "adaptive", "tuned_dense", "tuned_adaptive"):
         tests = [[run.end.get(f"test_loss_{which}") for run in study.groups[name].runs] for which in ("best", "last")]
-        rows.append([f"{NAMES[name.removeprefix('tuned_')]}, {SETTINGS['tuned_' * name.startswith('tuned_')]}",
-                     str(len(study.groups[name].runs)), study.cell(name, best_loss), *(Cell(t, ".3f") for t in tests),
+        settings = SETTINGS["tuned_" if name.startswith("tuned_") else ""]
+        rows.append([f"{NAMES[name.removeprefix('tuned_')]}, {settings}", study.cell(name, best_loss),
+                     *(Cell(losses, ".3f") for losses in tests),
                      Cell([perplexity(loss) for loss in tests[0] if loss is not None], ",.1f")])
     on = study.ngrams["test"]
-    rows += [[label, DASH, Cell(study.ngrams["val"][kind], ".3f"), Cell(on[kind], ".3f"), DASH,
+    rows += [[label, Cell(study.ngrams["val"][kind], ".3f"), Cell(on[kind], ".3f"), DASH,
               Cell(perplexity(on[kind]), ",.1f")] for kind, label in COUNTED.items()]
-    gap = [run.end["test_loss_best"] - on["bigram"] for run in study.groups["tuned_dense"].runs]
-    text = (f"For the study's small vocabulary {on['unk']:.0%} of the official file is `<unk>`, which is easy to "
-            "predict, so that no perplexity here compares with a published one. The tuned dense model's loss there, "
-            f"less that of counted pairs of words, is {told(gap, '+.3f')}.")
-    return [Table("official", "", ["", "n", "best val loss", "official file, best epoch", "last epoch",
-                                   "perplexity, best epoch"], rows)], text
+    return Table("official", "", ["", "best val loss", "official file, best epoch", "last epoch",
+                                  "perplexity, best epoch"], rows)
 
 
-QUESTIONS = [  # title, function, the runs whose commands are shown
-    ("Is the collapse a leak?", leak, ("bidirectional", "adaptive", "synthetic_bidirectional", "synthetic")),
-    ("Is adaptive rank worth it?", comparison,
-     ("dense", "fixed", "adaptive", "transport", "fixed_mean", "retrained", "tuned_dense", "tuned_dense_equal_time")),
-    ("The report's three explanations", hypotheses, ("bidirectional_fixed", "bidirectional_dense", "long")),
-    ("How much of the reduction is the controller's own?", untrained, ("untrained",)),
-    ("Reinit or transport, five power iterations or the exact value?", choices, ("transport", "exact")),
-    ("Do the projection types differ?", projections, ("adaptive",)),
-    ("The official validation file", official, ("tuned_dense",)),
-]
+TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
+          "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
+          "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
           "untrained", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 
 
+def filled(page, tables):
+    """A page with its tables, {name: Table}, as they are now. Raises LookupError for a name that is none."""
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)",
+                  lambda found: f"{found[1]}\n{tables[found[2]].markdown()}\n\n", page, flags=re.S)
+
+
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
+STYLES = {"": "-", "_fixed": "--", "_dense": ":"}  # of runs without a mask, which share a colour
+
+
+def losses_by_epoch(axes, study, name, **line):
+    """Draw the mean and the range over the seeds -> the last mean loss."""
+    runs = study.groups[name].runs
+    losses = plot_logs.np.array([[epoch["val_loss"] for epoch in run.epochs] for run in runs])
+    color = plot_logs.COLORS[runs[0].family]
+    plot_logs.curve(axes, range(1, losses.shape[1] + 1), losses, color, **line)
+    return losses[:, -1].mean(), color
+
+
 def leak_figure(study):
-    """Validation losses with and without the mask, and what the unmasked weights score once it is put on."""
-    plt, np = plot_logs.plt, plot_logs.np
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for i, (name, label) in enumerate((("adaptive", "causal, adaptive"), ("dense", "causal, dense"),
-                                       ("bidirectional", f"{LEAK}, adaptive"),
-                                       ("bidirectional_fixed", f"{LEAK}, fixed"),
-                                       ("bidirectional_dense", f"{LEAK}, dense"))):
-        runs = study.groups[name].runs
-        epochs, losses = [epoch["epoch"] for epoch in runs[0].epochs], np.array(
-            [[epoch["val_loss"] for epoch in run.epochs] for run in runs])
-        plot_logs.curve(axes, epochs, losses, f"C{i}", linestyle="-" if i < 2 else "--",
-                        label=f"{label}, n = {len(runs)}")
-        masked = study.probe(name, "val_loss_masked") if i >= 2 else []
-        axes.plot([epochs[-1]] * len(masked), masked, "x", color=f"C{i}")
-    axes.plot([], [], "x", color="gray", label="the same weights, mask put on")
-    for (kind, label), style in zip(COUNTED.items(), (":", "-."), strict=True):
-        axes.axhline(study.ngrams["val"][kind], color="black", linestyle=style, linewidth=1, label=label)
+    """Validation losses with and without the mask."""
+    figure, axes = plot_logs.plt.subplots(figsize=(7, 4), layout="constrained")
+    ends = []
+    for name, label in (("adaptive", "causal, adaptive"), ("dense", "causal, dense")):
+        loss, color = losses_by_epoch(axes, study, name)
+        ends.append((loss, label, color))
+    for kind, label in (("", "adaptive"), ("_fixed", "fixed ranks"), ("_dense", "dense")):
+        loss, color = losses_by_epoch(axes, study, f"bidirectional{kind}", linestyle=STYLES[kind])
+        ends.append((loss, f"{label}, {LEAK}", color))
+    counted = study.ngrams["val"]["bigram"]
+    axes.axhline(counted, color="black", linestyle=":", linewidth=1)
+    axes.annotate("what counting pairs of words reaches", (0.99, counted), xycoords=("axes fraction", "data"),
+                  xytext=(0, -4), textcoords="offset points", va="top", ha="right", fontsize=8, color="#444444")
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
-             title="Validation losses with and without the causal mask")
-    axes.grid(alpha=0.3)
+             title="Without the mask every model collapses, whatever its ranks do; with it none does")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    plot_logs.label_ends(axes, ends)
     return figure
 
 
+OFFSETS = {"dense": (-8, 0), "fixed": (8, 3), "adaptive": (13, 1), "transport": (-1, -15), "fixed_mean": (-12, 5),
+           "retrained": (-8, -5)}  # of a point's label, in printer's points
+
+
 def comparison_figure(study):
-    """Best and last validation losses of every configuration, a dot a seed, in both regimes."""
+    """Validation loss against parameters in the linear layers, an arrow from the best epoch to the last one."""
     plt = plot_logs.plt
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, layout="constrained")
     for axes, (prefix, settings) in zip(panels, SETTINGS.items(), strict=True):
-        for i, name in enumerate(NAMES):
-            best, last = (study.values(prefix + name, value) for value in (best_loss, last_loss))
-            axes.plot(last, [i] * len(last), "o", color=f"C{i}", markerfacecolor="none")
-            axes.plot(best, [i] * len(best), "o", color=f"C{i}")
-            axes.plot(fmean(best), i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
-            there, at_end = (f"{fmean(study.values(prefix + name, parameters)):.2f}M" for parameters in (
-                linear_parameters_at_best, linear_parameters))
-            axes.annotate(there if there == at_end else f"{there} \N{RIGHTWARDS ARROW} {at_end}", (1, i),
-                          xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points", va="center",
-                          fontsize=8)
-        axes.set_yticks(range(len(NAMES)), NAMES.values())
-        axes.set_ylim(len(NAMES) - 0.5, -0.5)
-        axes.set(xlabel="validation loss (nats per token)", title=settings)
-        axes.grid(alpha=0.3, axis="x")
-    figure.suptitle("Causal, equal steps. A dot a seed: full at the best epoch, with a bar for the mean, hollow at the "
-                    "last one.\nBeside them: parameters in the linear layers, at the best epoch and at the end",
-                    fontsize=9)
+        for name, label in NAMES.items():
+            runs = study.groups[prefix + name].runs
+            color = plot_logs.COLORS[runs[0].family]
+            at, best = (study.mean(prefix + name, value) for value in (linear_parameters_at_best, best_loss))
+            end, last = (study.mean(prefix + name, value) for value in (linear_parameters, last_loss))
+            axes.plot(study.values(prefix + name, linear_parameters_at_best), study.values(prefix + name, best_loss),
+                      ".", color=color, alpha=0.4)
+            axes.annotate("", (end, last), (at, best), arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 0,
+                                                                 "shrinkB": 0})
+            axes.plot(at, best, "o", color=color)
+            axes.annotate(label, (at, best), xytext=OFFSETS[name], textcoords="offset points", color=color, va="center",
+                          ha="left" if OFFSETS[name][0] > 0 else "right", fontsize=8)
+        axes.set(xscale="log", xlim=(0.06, 4), xlabel="million parameters in the linear layers",
+                 title=f"With {settings}")
+        axes.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("validation loss (nats per token)")
+    figure.suptitle("The report's default comes last; with AdamW's state carried through a resize it comes third",
+                    fontsize=11)
+    figure.supxlabel("point: the best epoch, mean of the seeds; small point: a seed; arrow: to the last epoch",
+                     fontsize=8)
+    return figure
+
+
+def method_figure(study):
+    """Ranks finding their place, and what they cost."""
+    plt = plot_logs.plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1))
+    run = study.groups["tuned_transport"].first
+    plot_logs.draw_heatmap(left, run)
+    left.set_title(f"Ranks find their place: mean {run.initial_rank:.0f} to {mean_rank(run):.1f}")
+    ends = []
+    for name, style in (("dense", "-"), ("fixed", "-"), ("transport", "-"), ("adaptive", "--")):
+        runs = study.groups[f"tuned_{name}"].runs
+        losses = plot_logs.np.array([[epoch["val_loss"] for epoch in run.epochs] for run in runs])
+        color = plot_logs.COLORS[runs[0].family]
+        plot_logs.curve(right, range(1, losses.shape[1] + 1), losses, color, linestyle=style)
+        ends.append((losses[:, -1].mean(), f"{NAMES[name]}, {study.mean('tuned_' + name, linear_parameters):.2f}M",
+                     color))
+    right.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(5.8, 6.6),
+              title="What that costs, in loss and in parameters")
+    plot_logs.label_ends(right, ends)
     return figure
 
 
 def ranks_figure(study):
     """Mean ranks over the updates: the report's, those of untrained weights of its size, and ours."""
-    plt, np = plot_logs.plt, plot_logs.np
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    report = plot_logs.REPORT_TRAINING
-    axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4,
-              label=f"the report, {LEAK}")
-    for i, (name, label) in enumerate((("untrained", "the report's size, nothing learnt"),
-                                       ("adaptive", "study, causal"), ("tuned_adaptive", "study, causal, tuned"),
-                                       ("long", "study, causal, longer"), ("bidirectional", f"study, {LEAK}"))):
+    figure, axes = plot_logs.plt.subplots(figsize=(7, 4), layout="constrained")
+    report, ends = plot_logs.REPORT_TRAINING, []
+    axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4)
+    ends.append((report[30][4], f"the report, {LEAK}", "black"))
+    for name, label, color in (("untrained", "the report's size, nothing learnt", "gray"),
+                               ("long", "study, causal", plot_logs.COLORS["adaptive"]),
+                               ("bidirectional", f"study, {LEAK}", plot_logs.COLORS[LEAK])):
         runs = study.groups[name].runs
-        ranks = np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
-        plot_logs.curve(axes, range(ranks.shape[1]), ranks, f"C{i}", label=f"{label}, n = {len(runs)}")
-    axes.set(xlabel="rank updates (one an epoch)", ylabel="mean rank", ylim=(0, None), title="Mean ranks")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        ranks = plot_logs.np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
+        plot_logs.curve(axes, range(ranks.shape[1]), ranks, color)
+        if name == "bidirectional":  # it ends early
+            axes.annotate(label, (ranks.shape[1] - 1, ranks[:, -1].mean()), (2, 6), color=color,
+                          arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7})
+        else:
+            ends.append((ranks[:, -1].mean(), label, color))
+    axes.set(xlabel="rank updates (one per epoch)", ylabel="mean rank", ylim=(0, None),
+             title="Even in weights that learn nothing the controller takes ranks down by a third")
+    plot_logs.label_ends(axes, ends)
     return figure
 
 
-FIGURES = {"leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
+FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
 
 
-# ---- The pages -------------------------------------------------------------------------------------------------------
-
-def setup(study):
-    """What was run, in a paragraph."""
-    run = study.groups["adaptive"].first
-    s = run.settings
-    seeds = sorted(run.settings["seed"] for run in study.groups["adaptive"].runs)
-    text = (f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation words of WikiText-2, "
-            f"{s['vocab_size']:,} distinct; d_model {s['d_model']}, {s['n_layers']} layers, block {s['block_size']}, "
-            f"batch {s['batch_size']}, {s['epochs']} epochs of {s['steps_per_epoch']} steps, learning rate "
-            f"{s['lr']:g}, initial rank {run.initial_rank:g}; seeds {listed([*map(str, seeds)])}; "
-            f"torch {s['versions']['torch']}, {s['dtype']}, {s['device']} ({s['device_name']}).")
-    if s["data_sha256"].startswith(OURS):
-        text += " The training articles stood in another order than in the official file."
-    return text
-
-
-def results_page(study, figures):
-    """RESULTS.md."""
-    chosen = study.groups["tuned_dense"].first.settings
-    searched = sum(name.startswith("search") for name in study.groups)
-    parts = [
-        "# Results",
-        f"Written by `make results` from the logs of `make study`. {setup(study)}",
-        "Losses are in nats per token; cells are means over the seeds with their range; a difference is between runs "
-        "of one seed. \"The report's settings\" are its optimizer, a constant rate, no dropout. The tuned ones are the "
-        f"best of {searched} dense runs of seed 0: learning rate {chosen['lr']:g}, dropout {chosen['dropout']:g}, "
-        f"{chosen['warmup_steps']} steps of warm-up, then a cosine schedule. Speed is that of a training step, one of "
-        "each configuration in turn, on average over a run's ranks. \"Right\" is how often the top prediction is the "
-        "next word, \"word put there\" and \"of the text\" which it is where that word of the input has been replaced.",
-        "A loss has collapsed where it is a nat below that of counted pairs of words, on the synthetic text below its "
-        "entropy.",
-        f"In the commands, `SIZE=\"{' '.join(size_flags(study))}\"`; `python3 study.py --only NAME` runs one of them."]
-    parts = [parts[0], *map(wrapped, parts[1:-1]), parts[-1]]
-    for number, (title, question, names) in enumerate(QUESTIONS, start=1):
-        tables, text = question(study)
-        parts += [f"## {number}. {title}", wrapped(text)]
-        for table in tables:
-            parts += [f"{table.title}:"] * bool(table.title) + [table.markdown()]
-        parts += [f"![{title}]({figures}/{name}.png)" for name, of in (
-            ("leak", leak), ("comparison", comparison), ("ranks", untrained)) if of is question]
-        parts.append(commands(study, *names))
-    return "\n\n".join(parts) + "\n"
-
-
-def readme_section(study, figures):
-    """README's section: the setup, the comparison in one table, two figures, and the answers."""
-    header = [f"causal, n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers", "speed",
-              "best val loss", "last", "perplexity", "tuned: best val loss", "last", "perplexity"]
-    tuned = {name.removeprefix("tuned_"): row for name, row in comparison_rows(study, "tuned_")}
-    rows = [[row[0], row[3], row[4], *(of[i] for of in (row, tuned[name]) for i in (5, 9, 10))]
-            for name, row in comparison_rows(study, "")]
-    table = Table("results", "", header, rows)
-    answers = "\n".join(wrapped(f"- **{title}** {question(study)[1]}", "  ") for title, question in (
-        ("The collapse.", leak), ("The report's explanations.", hypotheses), ("The reduction.", untrained),
-        ("The projections.", projections)))
-    return "\n\n".join([
-        BEGIN, wrapped(setup(study)), wrapped(verdict(study)[0]),
-        f"![Best losses by configuration]({figures}/comparison.png)", table.markdown(), answers,
-        f"![Losses with and without the mask]({figures}/leak.png)", END])
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="results.py", description="Writes the study's answers from its logs.",
+    parser = argparse.ArgumentParser(prog="results.py", description="Makes the study's tables and figures.",
                                      allow_abbrev=False)
-    parser.add_argument("--study", type=home, default=HERE / "logs" / "reference" / "study", help="folder of its logs")
-    parser.add_argument("--out", type=home, help="folder of RESULTS.md and figures/; default: RESULTS.md and README.md "
-                        "here, figures beside the logs")
+    parser.add_argument("--study", type=home, default=REFERENCE, help="folder of its logs")
+    parser.add_argument("--out", type=home, help="folder of tables.md and figures/; default: the tables go into "
+                        "README.md and RESULTS.md, the figures beside the logs")
     args = parser.parse_args(argv)
     try:
         study = Study(args.study)
@@ -524,22 +378,21 @@ def main(argv=None):
         if missing or not study.speed or not {"val", "test"} <= study.ngrams.keys() or not study.probes:
             raise LogError(f"{args.study} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
                            "missing; `make study` goes on with it")
-        if not args.out and HERE not in args.study.resolve().parents:
-            raise LogError(f"{args.study} lies elsewhere than this page: --out names the folder for its results")
-        page = (args.out or HERE) / "RESULTS.md"
+        if not args.out and args.study.resolve() != REFERENCE:
+            raise LogError(f"the pages here show {REFERENCE.relative_to(HERE)}: --out names a folder for the results "
+                           f"of {args.study}")
+        tables = {name: table(study) for name, table in TABLES.items()}
         folder = (args.out or args.study) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
-        shown = folder.name if args.out else folder.resolve().relative_to(HERE).as_posix()
-        page.write_text(results_page(study, shown), encoding="utf-8")
-        if not args.out:
-            readme = (HERE / "README.md").read_text(encoding="utf-8")
-            before, rest = readme.split(BEGIN)
-            text = before + readme_section(study, shown) + rest.split(END)[1]
-            (HERE / "README.md").write_text(text, encoding="utf-8")
+        if args.out:
+            text = "\n\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
+            (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
+        for page in () if args.out else [HERE / name for name in PAGES]:
+            page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
         plot_logs.start_matplotlib()
         for name, figure in FIGURES.items():
             plot_logs.save(figure(study), folder / name)
-        print(f"{page}\n" + "\n".join(str(folder / f"{name}.png") for name in FIGURES))
+        print("\n".join(str(folder / f"{name}.png") for name in FIGURES))
         return 0
     except LogError as error:
         print(f"results.py: error: {error}", file=sys.stderr)

@@ -1732,7 +1732,7 @@ def add_training_flags(parser):
          help="of the products; auto: bfloat16 on CUDA if native, and on a CPU if at least twice as fast")
 
 
-def check(args):
+def check_flags(args):
     """Raises UserError if one flag contradicts another."""
     if args.d_model % args.n_heads:
         raise UserError(f"--d-model {args.d_model} is not a multiple of --n-heads {args.n_heads}")
@@ -1761,7 +1761,7 @@ def check_ranks(ranks, source, args):
 def read_request(args, variant, command, locks):
     """Find whatever is wrong with what the flags ask for before any long work, and lock its files in the ExitStack
     `locks` -> Request, or None if the run is finished already."""
-    check(args)
+    check_flags(args)
     device = pick_device(args.device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
     files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))

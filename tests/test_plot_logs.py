@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,9 +58,9 @@ def test_the_reports_own_log_comes_out_as_its_tables_to_the_digit(report, capsys
                 "30 0.572 1.155 9 32 16.6"):
         assert cells(said.split("Table 2")[0], row.split()[0]) == row.split()
     second = said.split("Table 2")[1]
-    for row in ("0 10 10 18 24 10/10", "1 10 10 22 23 24/22", "2 17 14 15 20 17/27", "3 10 13 11 25 18/32",
-                "4 11 10 10 22 13/27", "5 9 10 11 23 14/26", "Mean 11.2 11.2 14.5 22.8 16.0/24.0"):
-        assert [cell.replace(" ", "") for cell in cells(second, row.split()[0])] == row.split()
+    for row in ("0 10 10 18 24 10 10", "1 10 10 22 23 24 22", "2 17 14 15 20 17 27", "3 10 13 11 25 18 32",
+                "4 11 10 10 22 13 27", "5 9 10 11 23 14 26", "Mean 11.2 11.2 14.5 22.8 16.0 24.0"):
+        assert cells(second, row.split()[0]) == row.split()
     assert cells(said, "rank reduction")[2] == "74.0%"
     assert cells(said, "mean rank")[1:] == ["64.0", "16.6"]
     assert "64 is assumed" in said
@@ -90,7 +91,7 @@ def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys
                             for kind in ("ranks", "heatmap", "final-ranks"))]
     texts = ["comparison", *(f"{name}_{kind}" for name in ("v10", "open", "v7") for kind in ("training", "cost")),
              *(f"{name}_final-ranks" for name in ("v10", "open"))]
-    assert made == {"tables.md", *(f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")),
+    assert made == {"tables.md", "index.html", *(f"{name}.{kind}" for name in pictures for kind in ("png", "pdf")),
                     *(f"{name}.{kind}" for name in texts for kind in ("csv", "tex"))}
     for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("tex", b"\\begin{table}")):
         assert all(path.read_bytes().startswith(start) for path in (tmp_path / "out").glob(f"*.{kind}"))
@@ -163,11 +164,12 @@ def test_a_torn_last_line_is_left_out_with_a_warning(report, capsys):
     ('{"epoch": 31, "train_loss": NaN, "val_loss": 1, "ranks": []}', "not a line of JSON"),
     ('{"epoch": 31, "val_loss": 1, "ranks": []}', "train_loss should be a number"),
     ('{"epoch": 31, "train_loss": "1", "val_loss": 1, "ranks": []}', 'train_loss should be a number, not "1"'),
-    ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2]}', "six for each block"),
+    ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2]}', "2 ranks, where the epoch before has 36"),
+    ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [0]}', "ranks should be a list of ranks"),
     ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2, 3, 4, 5, 6]}', "where the epoch before has 36"),
     ('{"epoch": 30, "train_loss": 1, "val_loss": 1, "ranks": []}', "where the epoch before"),
     ('{"epoch": true, "train_loss": 1, "val_loss": 1, "ranks": []}', "epoch should be a number"),
-    ('{"kind": "other"}', "unknown kind"), ("\x00\x01", "not a line of JSON")])
+    ("\x00\x01", "not a line of JSON")])
 def test_a_bad_line_is_an_error_with_file_and_line(report, capsys, line, said):
     report.write_text(report.read_text() + line + "\n" + report.read_text().splitlines()[-1] + "\n")
     plot(report, code=2)
@@ -175,6 +177,35 @@ def test_a_bad_line_is_an_error_with_file_and_line(report, capsys, line, said):
     assert f"{report}:8: " in error
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_record_of_an_unknown_kind_is_left_out_with_a_warning(report, capsys):
+    report.write_text('{"kind": "cut", "step": 3}\n' + report.read_text())
+    plot(report)
+    captured = capsys.readouterr()
+    assert "report.jsonl:1: left out: a record of an unknown kind, 'cut'" in captured.err
+    assert cells(captured.out, "25")[2] == "3.327"
+
+
+def test_layers_are_named_by_the_log_and_six_for_each_block_only_without_names(tmp_path, capsys):
+    layers = [{"name": name, "shape": [8, 8]} for name in ("a.in", "a.up", "b.in", "b.gate")]
+    log = write(tmp_path / "log.jsonl", *logged([6, 5], lambda epoch: [8, 7, 6, 5], initial_ranks=[9] * 4,
+                                                layers=layers))
+    plot(log)
+    said = capsys.readouterr().out
+    assert cells(said, "Block")[1:] == ["in", "FFN \N{UPWARDS ARROW}", "gate"]
+    assert [cells(said, block)[1:] for block in "ab"] == [["8", "7", plot_logs.DASH], ["6", plot_logs.DASH, "5"]]
+    assert cells(said.split("Table 2")[1], "Mean")[1:] == ["7.0", "7.0", "5.0"]
+
+
+def test_the_page_holds_every_table_and_figure_and_needs_no_other_file(report, tmp_path):
+    other = write(tmp_path / "other.jsonl", *logged([6, 5]))
+    plot(report, other, "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    pictures = [path.stem for path in (tmp_path / "out").glob("*.png")]
+    assert sorted(re.findall('<img alt="(.*?)" src="data:image/png;base64,', page)) == sorted(pictures)
+    assert page.count("<table>") == len([*(tmp_path / "out").glob("*.csv")])
+    assert not re.findall(r"(src|href)=\"(?!data:)", page)
 
 
 def test_a_missing_an_empty_and_a_barely_begun_log_are_errors(tmp_path, capsys):
@@ -387,9 +418,9 @@ def test_a_name_is_plain_text_wherever_it_appears(tmp_path, capsys, name):
     assert "".join(plot_logs.TEX.get(letter, letter) for letter in shown) == row.split(" & ")[0]
     figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log, tmp_path / "other.jsonl"], 64)))
     figure.canvas.draw()  # mathematics in a name would raise here
-    legend = [entry.get_text().strip().replace(r"\$", "$") for entry in figure.axes[0].get_legend().get_texts()]
-    assert legend[0] == shown or len(shown) > 48 or name in ("名字", "\udcff")
-    assert len(legend[0]) < 60
+    labels = [text.get_text().strip().replace(r"\$", "$") for text in figure.axes[0].texts]
+    assert shown in labels or len(shown) > 48 or name in ("名字", "\udcff")
+    assert max(map(len, labels)) < 70
     plot_logs.plt.close(figure)
 
 

@@ -14,16 +14,17 @@ import soak
 import study
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records
-from test_input import ROWS
 from test_training import replay
 
-README = (ROOT / "README.md").read_text()
+README, RESULTS, REFERENCE, CONTRIBUTING = ((ROOT / name).read_text() for name in (
+    "README.md", "RESULTS.md", "docs/reference.md", "CONTRIBUTING.md"))
+PAGES = README + RESULTS + REFERENCE + CONTRIBUTING
 DEMO = ROOT / "logs" / "reference" / "demo"
 
 
 def test_its_comparison_is_what_plot_logs_makes_of_the_reference_logs():
     runs = plot_logs.read_logs([DEMO / f"{name}.jsonl" for name in ("v10", "v10_bidirectional", "v7")], 64)
-    assert plot_logs.comparison_table(plot_logs.grouped(runs)).markdown() in README
+    assert plot_logs.comparison_table(plot_logs.grouped(runs)).markdown() in RESULTS
 
 
 def test_the_reference_runs_are_those_of_the_makefile():
@@ -46,11 +47,11 @@ def test_the_causal_reference_runs_stay_above_the_floor_and_the_other_ends_far_b
 
 def test_the_start_on_real_text_is_told_as_logged_and_does_not_depend_on_the_dtype():
     logs = [DEMO.parent / "wikitext2_start" / f"{name}.jsonl" for name in ("v10", "v10_bfloat16")]
-    readme, runs = " ".join(README.split()), [records(log, "epoch") for log in logs]
+    results, runs = " ".join(RESULTS.split()), [records(log, "epoch") for log in logs]
     for log, epochs, dtype in zip(logs, runs, ("float32", "bfloat16"), strict=True):
         assert records(log, "run")[0]["dtype"] == dtype
-        assert ", ".join(f"{epoch['val_loss']:.3f}" for epoch in epochs) + f" in {dtype}" in readme
-    assert f"in {max(epoch['peak_memory_mb'] for epoch in runs[0]) / 1000:.1f} GB" in readme
+        assert ", ".join(f"{epoch['val_loss']:.3f}" for epoch in epochs) + f" in {dtype}" in results
+    assert f"in {max(epoch['peak_memory_mb'] for epoch in runs[0]) / 1000:.1f} GB" in results
     for ours, theirs in zip(*runs, strict=True):
         assert theirs["val_loss"] == pytest.approx(ours["val_loss"], abs=0.01)
         assert theirs["rank_avg"] == pytest.approx(ours["rank_avg"], abs=1)
@@ -64,26 +65,22 @@ def test_the_controller_replays_the_reference_logs():
 
 def test_its_speed_is_what_bench_measured():
     results = json.loads((DEMO.parent / "bench.json").read_text())
-    assert bench.section(results) in README
+    assert bench.section(results) in RESULTS
     floors = [median(taken["floor"]["seconds"] for taken in results["dtypes"][dtype]["rounds"])
               for dtype in ("float32", "bfloat16")]
-    assert f"a large product is {floors[0] / floors[1]:.1f} times as fast in bfloat16" in README
+    assert f"a large product is {floors[0] / floors[1]:.1f} times as fast in bfloat16" in RESULTS
 
 
 def test_its_kills_are_those_of_the_soak_and_nothing_was_lost():
     found = records(DEMO.parent / "soak.jsonl")
-    assert soak.table(found) in README
+    assert soak.table(found) in RESULTS
     assert [found[-1][name] for name in ("lost", "differing", "tensors", "stops", "unsaved")] == [0, 0, 0, 20, 0]
     kills = Counter(record["moment"] for record in found if record["kind"] == "kill")
     assert kills[soak.RANDOM] >= 15
     assert all(kills[moment] >= 3 for moment in soak.CHOSEN)
 
 
-def test_it_says_how_many_wrong_inputs_are_tried():
-    assert f"{len(ROWS)} wrong inputs" in README
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^    )make ([a-z]+)", PAGES, re.M))))
 def test_every_make_command_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
@@ -94,25 +91,44 @@ def test_every_flag_exists(capsys):
         with pytest.raises(SystemExit):
             script.main(["--help"])
         known += capsys.readouterr().out
-    torchrun = {"--nproc-per-node"}
-    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+|--x", README)) - torchrun:
+    elsewhere = {"--nproc-per-node", "--factor-lr", "--write"}  # torchrun's, the variant's, golden.py's
+    for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+|--x", PAGES)) - elsewhere:
         assert flag in known, flag
 
 
 def test_every_field_of_the_log_is_explained(run):
     first = records(run(), "epoch")[0]
-    explained = set(re.findall(r"`(\w+)`", README))
+    explained = set(re.findall(r"`(\w+)`", REFERENCE))
     assert set(first) <= explained | {"kind"}
 
 
-def test_its_python_runs(run, tmp_path, monkeypatch, capsys, text):
+def test_it_is_short():
+    assert len(README.splitlines()) <= 180
+    assert len(README.split()) <= 1800
+
+
+VARIANT, USE = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_its_variant_trains_the_factors_with_momentum(run):
+    names = {"__name__": "momentum"}
+    exec(VARIANT, names)
+    log = run("--factor-lr", 0.1, "--optimizer-on-resize", "transport",
+              main=lambda argv: v10.main(argv, names["Momentum"]()))
+    assert records(log, "run")[0]["script"] == "momentum.py"
+    assert records(log, "epoch")[-1]["lr"] == 0.1
+    sgd, _ = v10.load(log.with_suffix(".pt"))["optimizer"]
+    assert {name for state in sgd["state"].values() for name in state} == {"momentum_buffer"}
+
+
+def test_its_use_of_a_model_runs(run, tmp_path, monkeypatch, capsys, text):
     log = run()
     (tmp_path / "logs").mkdir()
     shutil.copy(log.with_suffix(".best.pt"), tmp_path / "logs" / "v10.best.pt")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     names = {}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
+    exec(USE, names)
     assert len(capsys.readouterr().out.split()) == 31
     layer = names["model"].linears()["1.down"]
     assert names["weights"]["1.down"].shape == layer.shape == (16, 32)

@@ -1,7 +1,7 @@
 """The study's runs, what they measure, and the answers that results.py makes of their logs."""
 import argparse
-import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -116,7 +116,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
     assert len(seen) == 4 + 3 * 21
-    assert f"in {len(seen)} small runs" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -194,14 +194,25 @@ def test_a_probe_tells_a_model_that_copies_what_comes_next_from_one_that_does_no
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
-def test_the_pages_are_what_results_makes_of_the_reference_logs():
+def test_the_tables_of_the_pages_are_those_of_the_reference_logs():
     found = results.Study(REFERENCE)
-    figures = "logs/reference/study/figures"
-    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.results_page(found, figures)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.readme_section(found, figures) in readme
+    tables, shown = {name: table(found) for name, table in results.TABLES.items()}, []
+    for name in results.PAGES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        assert results.filled(page, tables) == page
+        shown += re.findall("<!-- table (.*) -->", page)
+    assert sorted(shown) == sorted(tables)
     for name in results.FIGURES:
-        assert (ROOT / figures / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (REFERENCE / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_gets_the_tables_that_it_names_and_keeps_the_rest():
+    page = "before\n\n<!-- table one -->\nold\n<!-- end -->\n\nbetween\n<!-- table two -->\n<!-- end -->\nafter"
+    one, two = (plot_logs.Table(name, "", ["a", "b"], [[name, "1"]]) for name in ("one", "two"))
+    assert results.filled(page, {"one": one, "two": two}) == page.replace("old\n", f"\n{one.markdown()}\n\n").replace(
+        "two -->\n", f"two -->\n\n{two.markdown()}\n\n")
+    with pytest.raises(LookupError):
+        results.filled(page, {"one": one})
 
 
 def test_the_reference_study_has_three_seeds_of_one_configuration_each():
@@ -231,78 +242,24 @@ def test_no_honest_loss_of_the_reference_study_is_too_good():
     assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["val"]["bigram"] - 2
 
 
-def test_what_readme_says_in_prose_is_what_the_reference_study_found():
-    readme, found = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), results.Study(REFERENCE)
-
-    def mean(name, value):
-        return sum(found.values(name, value)) / 3
-    for prefix in results.SETTINGS:
-        losses = {name: mean(prefix + name, results.best_loss) for name in results.NAMES}
-        assert max(losses, key=losses.get) == "adaptive"  # "the method as the report describes it comes last"
-        spread = max(max(values) - min(values) for values in (
-            found.values(prefix + name, results.best_loss) for name in ("fixed_mean", "retrained")))
-        assert abs(losses["retrained"] - losses["fixed_mean"]) < spread  # "worth no more than their mean"
-        times = [round(mean(prefix + name, results.linear_parameters) / mean("transport", results.linear_parameters))
-                 for name in ("dense", "fixed")]
-        assert f"with {times[0]} and {times[1]} times the parameters" in readme
-
-
-def fake(folder, better=()):
-    """A study of invented logs, in which the runs of `better` have the lower loss."""
-    folder.mkdir()
-    source = {path.name: path for path in REFERENCE.glob("*.jsonl")}
-    for name, path in source.items():
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        change = -3 if name.rpartition("_s")[0] in better else 0
-        for record in found:
-            if record["kind"] == "epoch":
-                record["val_loss"] += change
-        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in found))
+def copied(folder):
+    """A copy of the reference study."""
+    shutil.copytree(REFERENCE, folder, ignore=shutil.ignore_patterns("figures"))
     return results.Study(folder)
-
-
-def test_the_verdict_follows_the_logs(tmp_path):
-    def told(name, *better):
-        return results.verdict(fake(tmp_path / name, better))[0].split("**")[1]
-    wins = told("wins", "adaptive", "tuned_adaptive")
-    assert "lowest loss is that of adaptive (v10) in both settings." in wins
-    assert "adaptive ranks come in as number 1 and 1," in wins
-    assert "ranks fixed from the start in every seed in both settings, with transport" in wins
-    loses = told("loses", *(prefix + name for prefix in results.SETTINGS
-                            for name in results.NAMES if name != "adaptive"))
-    assert "adaptive ranks come in as number 6 and 6," in loses
-    assert "in every seed in neither setting, with transport" in loses
-    half = told("half", "tuned_transport", "fixed_mean", "retrained")
-    assert half.endswith("with transport only with settings tuned on the dense model.")
-    assert "with the report's settings and adaptive, with transport with settings tuned" in half
-    neither = told("neither", "fixed_mean", "retrained", "tuned_retrained")
-    assert neither.endswith("with transport in neither setting.")
-
-
-def test_an_explanation_is_spoken_against_only_where_its_run_does_so(tmp_path):
-    found = results.hypotheses(fake(tmp_path / "as it was"))[0][0].rows
-    assert [row[-1] for row in found] == ["against it"] * 3
-    study = fake(tmp_path / "turned")
-    for run in study.groups["bidirectional_dense"].runs[:1]:
-        for epoch in run.epochs:
-            epoch["val_loss"] = 6.0
-    study.groups["long"].runs[0].epochs[-1]["val_loss"] = 1.0
-    assert [row[-1] for row in results.hypotheses(study)[0][0].rows] == [
-        "against it", "not against it", "not against it"]
 
 
 def test_a_study_that_is_not_complete_is_not_told(tiny, tmp_path, capsys):
     for folder, said in ((tiny, "is not complete: "), (tmp_path / "no", "there is no such folder")):
         assert results.main(["--study", str(folder), "--out", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
-    assert not (tmp_path / "RESULTS.md").exists()
+    assert not (tmp_path / "tables.md").exists()
 
 
 @pytest.mark.parametrize(("name", "line", "said"), [
-    ("speed", "{", "speed.jsonl: not lines of JSON"), ("probes", "[]", "holds other logs"),
+    ("speed", "{", "speed.jsonl:1: not a line of JSON"), ("probes", "[]", "holds other logs"),
     ("dense_s0", "{", "dense_s0.jsonl:1: not a line of JSON"), ("ngrams", '{"kind": "ngrams"}', "is not complete")])
 def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
-    fake(tmp_path / "study")
+    copied(tmp_path / "study")
     (tmp_path / "study" / f"{name}.jsonl").write_text(line + "\n\n" * (name == "dense_s0"))
     assert results.main(["--study", str(tmp_path / "study"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -313,20 +270,20 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
     readme = (ROOT / "README.md").read_bytes()
     assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "RESULTS.md").read_text().count("(figures/") == len(results.FIGURES)
+    assert (tmp_path / "tables.md").read_text().count("\n## ") == len(results.TABLES) - 1
     assert all((tmp_path / "figures" / f"{name}.pdf").stat().st_size > 5000 for name in results.FIGURES)
     assert (ROOT / "README.md").read_bytes() == readme
 
 
 def test_a_run_that_has_not_ended_does_not_count(tmp_path):
-    fake(tmp_path / "study")
+    copied(tmp_path / "study")
     log = tmp_path / "study" / "dense_s1.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert [run.settings["seed"] for run in results.Study(tmp_path / "study").groups["dense"].runs] == [0, 2]
 
 
 def test_a_difference_is_between_runs_of_one_seed(tmp_path):
-    study = fake(tmp_path / "study")
+    study = copied(tmp_path / "study")
     study.groups["fixed"].runs = study.groups["fixed"].runs[1:]
     found = study.differences("fixed", "dense", results.best_loss)
     by_hand = [results.best_loss(a) - results.best_loss(b) for a, b in zip(
@@ -345,4 +302,4 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
     for name in ("README.md", "RESULTS.md"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
-    assert "lies elsewhere than this page: --out names the folder" in capsys.readouterr().err
+    assert "the pages here show logs/reference/study: --out names a folder" in capsys.readouterr().err

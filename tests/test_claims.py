@@ -1,0 +1,138 @@
+"""What README.md and RESULTS.md say of the study: each claim is a phrase of a page, and what must hold in the logs."""
+from statistics import fmean
+
+import pytest
+
+import plot_logs
+import results
+from conftest import ROOT
+from results import best_loss, last_loss, linear_parameters, mean_rank
+
+STUDY = results.Study(results.REFERENCE)
+MEAN = {name: fmean(map(best_loss, group.runs)) for name, group in STUDY.groups.items()}
+PROJECTIONS = [plot_logs.projection_means(run) for run in STUDY.groups["adaptive"].runs]
+
+
+def place(name, prefix):
+    """The place of a configuration among the six of one regime, by the mean of the best losses."""
+    return 1 + sorted(results.NAMES, key=lambda name: MEAN[prefix + name]).index(name)
+
+
+def in_both(holds):
+    return all(holds(prefix) for prefix in results.SETTINGS)
+
+
+def every(name, other, value=best_loss):
+    """`name` is lower than `other` in every seed."""
+    return max(STUDY.differences(name, other, value)) < 0
+
+
+def ratio(name, other):
+    return STUDY.mean(name, linear_parameters) / STUDY.mean(other, linear_parameters)
+
+
+def probe(key):
+    return fmean(STUDY.probe("bidirectional", key))
+
+
+def overstated():
+    over = [measured / exact - 1 for run in STUDY.groups["adaptive"].runs for epoch in run.epochs
+            for measured, exact in zip(epoch["stable_ranks"], epoch["stable_ranks_exact"], strict=True)]
+    return fmean(over)
+
+
+def change_in_the_epoch_of_the_collapse():
+    runs = STUDY.groups["bidirectional"].runs
+    return [run.epochs[epoch - 1]["resized"] for run, epoch in
+            zip(runs, STUDY.collapses("bidirectional"), strict=True)]
+
+
+CLAIMS = [  # page, phrase, what it rests on
+    ("README", "With a twelfth of the parameters", lambda: round(ratio("tuned_dense", "tuned_transport")) == 12),
+    ("README", "loss is 0.20 nats above the dense model's",
+     lambda: round(MEAN["tuned_transport"] - MEAN["tuned_dense"], 2) == 0.20),
+    ("README", "The report's default comes last of six configurations",
+     lambda: len(results.NAMES) == 6 and in_both(lambda prefix: place("adaptive", prefix) == 6)),
+    ("README", "lowers the loss by 0.14 nats",
+     lambda: round(MEAN["tuned_adaptive"] - MEAN["tuned_transport"], 2) == 0.14),
+    ("README", "from sixth place to third", lambda: in_both(lambda prefix: place("transport", prefix) == 3)),
+    ("README", "stays at a loss of 6.14, and without it falls to 1.98",
+     lambda: (round(MEAN["adaptive"], 2), round(MEAN["bidirectional"], 2)) == (6.14, 1.98)),
+    ("README", "they predict the replacement in 76% of cases",
+     lambda: round(probe("predicts_word_put_there"), 2) == 0.76),
+    ("README", "Our unmasked runs collapse too, dense ones first",
+     lambda: max(STUDY.collapses("bidirectional_dense")) < min(STUDY.collapses("bidirectional")
+                                                               + STUDY.collapses("bidirectional_fixed"))),
+    ("README", "falls from 64 to between 10 and 22",
+     lambda: (lambda ranks: (min(ranks), max(ranks)) == (10, 22))(STUDY.groups["tuned_transport"].first.final_ranks)),
+    ("README", "unmasked runs fall to between 0.8 and 2 nats",
+     lambda: all(0.8 < MEAN[f"bidirectional{kind}"] < 2 for kind in ("", "_fixed", "_dense"))),
+    ("README", "trained afresh, do no better than their mean",
+     lambda: not any(every(prefix + "retrained", prefix + "fixed_mean") for prefix in results.SETTINGS)),
+    ("RESULTS", "score 9.63 once the mask is put on", lambda: round(probe("val_loss_masked"), 2) == 9.63),
+    ("RESULTS", "they score 6.71, and 1.94 at the others",
+     lambda: (round(probe("loss_at_last_position"), 2), round(probe("loss_at_other_positions"), 2)) == (6.71, 1.94)),
+    ("RESULTS", "replacement in 76% of cases and the word of the text in 3%",
+     lambda: [round(probe(f"predicts_word_{key}"), 2) for key in ("put_there", "of_the_text")] == [0.76, 0.03]),
+    ("RESULTS", "With the mask on from the start, nothing collapses",
+     lambda: all(set(STUDY.collapses(name)) == {None} for name, group in STUDY.groups.items()
+                 if not group.first.sees_targets)),
+    ("RESULTS", "with 12 times the parameters",
+     lambda: in_both(lambda p: round(ratio(p + "dense", p + "transport")) == 12)),
+    ("RESULTS", "Dense layers have the lowest loss in both settings",
+     lambda: in_both(lambda p: place("dense", p) == 1)),
+    ("RESULTS", "rank 64 for all layers comes second, with more than four times",
+     lambda: in_both(lambda p: place("fixed", p) == 2 and 4 < ratio(p + "fixed", p + "transport") < 5)),
+    ("RESULTS", "with transport it comes third", lambda: in_both(lambda p: place("transport", p) == 3)),
+    ("RESULTS", "beats ranks fixed from the start, of the same size, in every seed and both settings",
+     lambda: in_both(lambda p: every(p + "transport", p + "fixed_mean", last_loss)
+                     and every(p + "transport", p + "retrained", last_loss))),
+    ("RESULTS", "they differ from it by 0.01 nats or less",
+     lambda: in_both(lambda p: round(abs(MEAN[p + "retrained"] - MEAN[p + "fixed_mean"]), 2) <= 0.01)),
+    ("RESULTS", "The loss collapses with ranks that never change, and in a dense model",
+     lambda: None not in STUDY.collapses("bidirectional_fixed") + STUDY.collapses("bidirectional_dense")),
+    ("RESULTS", "it does not collapse in three times as many epochs",
+     lambda: len(STUDY.groups["long"].first.epochs) == 3 * len(STUDY.groups["adaptive"].first.epochs)),
+    ("RESULTS", "24 of 24 layers change their rank", lambda: set(change_in_the_epoch_of_the_collapse()) == {24}),
+    ("RESULTS", "42% of it", lambda: round((64 - STUDY.mean("untrained", mean_rank)) / (64 - 16.6), 2) == 0.42),
+    ("RESULTS", "the mean rank from 64 to 44.1 in 30 updates",
+     lambda: round(STUDY.mean("untrained", mean_rank), 1) == 44.1
+     and len(STUDY.groups["untrained"].first.epochs) == 30),
+    ("RESULTS", "Transport lowers the best loss by 0.096 nats, in every seed",
+     lambda: round(MEAN["adaptive"] - MEAN["transport"], 3) == 0.096 and every("transport", "adaptive")),
+    ("RESULTS", "overstate the stable rank by 6.1%", lambda: round(overstated(), 3) == 0.061),
+    ("RESULTS", "a mean rank of 14.0 instead of 15.1",
+     lambda: (round(STUDY.mean("exact", mean_rank), 1), round(STUDY.mean("adaptive", mean_rank), 1)) == (14.0, 15.1)),
+    ("RESULTS", "with no difference in the loss",
+     lambda: min(STUDY.differences("exact", "adaptive", best_loss)) < 0
+     < max(STUDY.differences("exact", "adaptive", best_loss)) < 0.01),
+    ("RESULTS", "the mask neither holds in any seed",
+     lambda: not any(max(m["Q"], m["K"]) < min(list(m.values())[2:]) or m["O"] > max(m["Q"], m["K"], m["V"])
+                     for m in PROJECTIONS)),
+    ("RESULTS", "There Q and K have the lowest mean ranks, and O the highest of the attention projections",
+     lambda: sorted(plot_logs.REPORT_MEANS.values())[:2] == [plot_logs.REPORT_MEANS[name] for name in "QK"]
+     and max("QKVO", key=plot_logs.REPORT_MEANS.get) == "O"),
+    ("RESULTS", "22% of the official file is `<unk>`", lambda: round(STUDY.ngrams["test"]["unk"], 2) == 0.22),
+    ("RESULTS", "The tuned dense model is 0.187 nats better there than counted pairs of words",
+     lambda: round(STUDY.ngrams["test"]["bigram"]
+                   - fmean(run.end["test_loss_best"] for run in STUDY.groups["tuned_dense"].runs), 3) == 0.187),
+    ("RESULTS", "(90,000 train, 10,000 validate; 4,491 distinct",
+     lambda: [STUDY.groups["dense"].first.settings[name] for name in ("train_tokens", "val_tokens", "vocab_size")]
+     == [90_000, 10_000, 4_491]),
+    ("RESULTS", "dropout 0.1, 40 steps of warm-up, then a cosine",
+     lambda: [STUDY.groups["tuned_dense"].first.settings[name] for name in ("dropout", "warmup_steps", "lr_schedule")]
+     == [0.1, 40, "cosine"]),
+]
+
+
+@pytest.mark.parametrize(("page", "phrase", "holds"), CLAIMS, ids=[phrase for _, phrase, _ in CLAIMS])
+def test_the_logs_say_what_the_page_says(page, phrase, holds):
+    assert phrase in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())
+    assert holds()
+
+
+def test_the_titles_of_the_figures_hold():
+    assert in_both(lambda prefix: (place("adaptive", prefix), place("transport", prefix)) == (6, 3))
+    assert 0.28 < 1 - STUDY.mean("untrained", mean_rank) / 64 < 0.36, "ranks down by a third"
+    for name, group in STUDY.groups.items():
+        assert (None in STUDY.collapses(name)) == (not group.first.sees_targets), name

@@ -586,27 +586,31 @@ div { overflow-x: auto } img { max-width: 100%; margin: 0.5rem 0 } h1 { margin-t
 
 
 def html_page(parts, pictures):
-    """The same with the figures, {name: PNG}, in one page that needs no other file: each run's after its tables."""
-    def picture(name):
-        data = base64.b64encode(pictures[name]).decode()
-        return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    lines, last = [PAGE, picture("losses")], None
-    shown = {"losses"}
-    for part in [*parts, "# "]:
+    """The same with the figures, {name: PNG}, in one page that needs no other file: the comparison first, then each run
+    with its figures before its tables."""
+    def shown(part):
+        if isinstance(part, str):
+            return f"<p>{html.escape(part)}</p>"
+        rows = [(part.header, "th"), *((cells, "td") for cells in part.rows)]
+        return f"<div><table><caption>{html.escape(part.title)}</caption>" + "\n".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+            for cells, tag in rows) + "</table></div>"
+    sections = []  # of each: its heading, and what is below it
+    for part in parts:
         if isinstance(part, str) and part.startswith("# "):
-            mine = [name for name in pictures if last and name.rpartition("_")[0] == last and name not in shown]
-            shown |= set(mine)
-            lines += [*map(picture, mine), f"<h1>{html.escape(part[2:])}</h1>"]
-        elif isinstance(part, str):
-            lines.append(f"<p>{html.escape(part)}</p>")
+            sections.append((part[2:], []))
         else:
-            last = part.name.rpartition("_")[0] or last
-            lines.append("\n".join([f"<div><table><caption>{html.escape(part.title)}</caption>", row(part.header, "th"),
-                                    *(row(cells, "td") for cells in part.rows), "</table></div>"]))
-    return "\n".join(lines).removesuffix("<h1></h1>") + "\n"
+            sections[-1][1].append(part)
+    lines, left = [PAGE], dict(pictures)
+    for heading, below in sorted(sections, key=lambda section: section[0] != "Comparison"):
+        tables = [part for part in below if isinstance(part, Table)]
+        run = tables[0].name.rpartition("_")[0]  # "" for the comparison
+        mine = [name for name in left if name == "losses" or run and name.rpartition("_")[0] == run]
+        lines += [f"<h1>{html.escape(heading)}</h1>", *(shown(part) for part in below if isinstance(part, str))]
+        lines += [f'<img alt="{html.escape(name)}" src="data:image/png;base64,'
+                  f'{base64.b64encode(left.pop(name)).decode()}">' for name in mine]
+        lines += map(shown, tables)
+    return "\n".join(lines) + "\n"
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -811,7 +815,8 @@ def final_ranks_figure(run):
         grid, np.nanmean(blocks, 0), strict=True)])
     axes.set_yticks(range(len(blocks)), map(label, names))
     axes.grid(False)
-    axes.set(xlabel="projection, and its mean rank", ylabel="block", title=ranks_title(run))
+    axes.set(xlabel="projection, and its mean rank", ylabel="block",
+             title=f"{run.label().strip()}: ranks after epoch {run.epochs[-1]['epoch']}")
     figure.colorbar(image, label="rank")
     return figure
 

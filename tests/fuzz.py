@@ -89,7 +89,7 @@ def targets(folder):
         runs = [plot_logs.read_log(path, path.stem, 64) for path in (here, folder / "log.jsonl")]
         plot_logs.page(plot_logs.contents(runs))
         for run in runs:
-            if run.blocks():
+            if run.final_ranks:
                 plot_logs.history(run)
 
     def read_text(data):

@@ -1,7 +1,7 @@
 """The study: runs that ask what the report's numbers mean, a few minutes each on one core, resumable.
 
     python3 study.py                  every run that is not done yet, two side by side    -> logs/study/
-    python3 study.py --list           what there is to run, and what is done
+    python3 study.py --list           each run, its command, and whether it is done
     python3 study.py --size report    the same at the report's size, for a GPU
 
 A run that is done is skipped, one that was interrupted goes on. `results.py` turns the logs into tables and answers.
@@ -17,33 +17,73 @@ import json
 import os
 import shlex
 import signal
+import string
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+import plot_logs  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py"}
 SEEDS = (0, 1, 2)
 SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
-        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""".split(),
-    "report": []}  # v10's defaults
-SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60".split()
+        --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
+    "report": ""}  # v10's defaults
+SHORT = " --d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
 WORDS = 100_000  # of the small size
-LONG = 3  # times as many epochs in the long run
-SEARCHED = [(rate, dropout) for rate in (1, 2) for dropout in (0.1, 0.3)]  # rate: times that of the size
+SCHEDULE = "--lr-schedule cosine --warmup-steps {steps_per_epoch}"
+UNMASKED, TRANSPORT = "--attention bidirectional", "--optimizer-on-resize transport"
+DEMO = """--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45 --lr 2e-3
+    --dtype float32 --init-rank 32 --min-rank 4 --data-file synthetic.tokens"""  # as in the Makefile
+
+# Each run is a command; --seed, --data-file and --log-file are added to it. {size} is of SIZES, {test} is --test-file,
+# {NAME.log} and {NAME.mean_rank} are of the run NAME of the same seed, {search.best} are the flags of the search's best
+# run, {speed.epochs} those in which the dense model takes the time of tuned_adaptive. What a run names it needs.
+SEARCH = {f"search_rate{rate}_dropout{dropout}": f"v7 {{size}} --lr {{lr_{rate}}} --dropout {dropout} {SCHEDULE}"
+          for rate in (1, 2) for dropout in (0.1, 0.3)}  # seed 0 alone; rate: times that of the size
+RUNS = {
+    "bidirectional": f"v10 {{size}} {UNMASKED}",
+    "adaptive": "v10 {size} {test}",
+    "dense": "v7 {size} {test}",
+    "fixed": "v10 {size} --fixed-rank",
+    "bidirectional_dense": f"v7 {{size}} {UNMASKED}",
+    "bidirectional_fixed": f"v10 {{size}} {UNMASKED} --fixed-rank",
+    "fixed_mean": "v10 {size} --fixed-rank --init-rank {adaptive.mean_rank}",
+    "retrained": "v10 {size} --fixed-rank --ranks-from {adaptive.log}",
+    "transport": f"v10 {{size}} {TRANSPORT}",
+    "exact": "v10 {size} --power-iterations 0",
+    "tuned_dense": "v7 {size} {search.best} {test}",
+    "tuned_adaptive": "v10 {size} {search.best} {test}",
+    "tuned_transport": f"v10 {{size}} {{search.best}} {TRANSPORT}",
+    "tuned_fixed": "v10 {size} {search.best} --fixed-rank",
+    "tuned_fixed_mean": "v10 {size} {search.best} --fixed-rank --init-rank {tuned_adaptive.mean_rank}",
+    "tuned_retrained": "v10 {size} {search.best} --fixed-rank --ranks-from {tuned_adaptive.log}",
+}
+LATER = {  # after the speed has been measured
+    "tuned_dense_equal_time": "v7 {size} {search.best} --epochs {speed.epochs}",
+    "untrained": "v10 --lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001 --dtype float32 "
+                 "--data-file {data_file}",  # of the report's size
+    "synthetic": f"v10 {DEMO}",
+    "synthetic_bidirectional": f"v10 {DEMO} {UNMASKED}",
+    "long": "v10 {size} --epochs {three_times_the_epochs}",
+}
+COMMANDS = SEARCH | RUNS | LATER
+PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
+          "synthetic_bidirectional"}
+TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
 
 
 def with_rare_words_as_unk(text):
@@ -52,132 +92,103 @@ def with_rare_words_as_unk(text):
     return " ".join(word if count[word] >= 3 else "<unk>" for word in text.split())
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: its name, the script, and flags beyond the size's."""
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
+class Run(NamedTuple):
     name: str
-    script: str = "v10"
-    flags: tuple = ()
     seed: int = 0
-    sized: bool = True  # with the flags of --size; else with its own alone
-    data: str | None = None  # the text to train on, where it is not the study's
-    ranks_of: str | None = None  # the run whose final ranks it starts with and keeps
-    as_mean: bool = False  # one rank for all layers, the mean of those
-    tuned: bool = False  # with the rate and the dropout that the search chose, and its schedule
-    tested: bool = False  # on the official validation file as well
-    probed: bool = False
-    timed: bool = False  # its step is
-    at_equal_time: bool = False  # as long as the adaptive run takes
 
     @property
     def stem(self):
         return f"{self.name}_s{self.seed}"
 
 
-UNMASKED, TRANSPORT = ("--attention", "bidirectional"), ("--optimizer-on-resize", "transport")
-RUNS = [
-    Run("bidirectional", flags=UNMASKED, probed=True),
-    Run("adaptive", tested=True, probed=True, timed=True),
-    Run("dense", "v7", tested=True),
-    Run("fixed", flags=("--fixed-rank",), timed=True),
-    Run("bidirectional_dense", "v7", UNMASKED, probed=True),
-    Run("bidirectional_fixed", flags=(*UNMASKED, "--fixed-rank"), probed=True),
-    Run("fixed_mean", ranks_of="adaptive", as_mean=True, timed=True),
-    Run("retrained", ranks_of="adaptive", timed=True),
-    Run("transport", flags=TRANSPORT, timed=True),
-    Run("exact", flags=("--power-iterations", "0")),
-    Run("tuned_dense", "v7", tuned=True, tested=True),
-    Run("tuned_adaptive", tuned=True, tested=True, timed=True),
-    Run("tuned_transport", flags=TRANSPORT, tuned=True, timed=True),
-    Run("tuned_fixed", flags=("--fixed-rank",), tuned=True, timed=True),
-    Run("tuned_fixed_mean", ranks_of="tuned_adaptive", as_mean=True, tuned=True, timed=True),
-    Run("tuned_retrained", ranks_of="tuned_adaptive", tuned=True, timed=True),
-]
-UNTRAINED = tuple("--lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001 --dtype float32".split())
-DEMO = tuple("""--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45
-    --lr 2e-3 --dtype float32 --init-rank 32 --min-rank 4""".split())  # as in the Makefile
-LATER = [  # after the speed has been measured
-    Run("tuned_dense_equal_time", "v7", tuned=True, at_equal_time=True),
-    Run("untrained", flags=UNTRAINED, sized=False),  # of the report's size
-    Run("synthetic", flags=DEMO, sized=False, data="synthetic.tokens", probed=True),
-    Run("synthetic_bidirectional", flags=(*DEMO, *UNMASKED), sized=False, data="synthetic.tokens", probed=True),
-    Run("long")]
-
-
-# ---- One run ---------------------------------------------------------------------------------------------------------
-
 class Study:
     """A folder of logs, and how its runs are made."""
 
     def __init__(self, args):
-        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size]
+        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + (SHORT if args.short else "")
         self.failed, self.stopping, self.running = [], threading.Event(), {}
-        self.defaults = base = v10.build_parser(v10.Variant()).parse_args(self.size + SHORT * args.short)
-        self.search = [Run(f"search_rate{rate}_dropout{dropout}", "v7", (
-            "--lr", f"{rate * base.lr:g}", "--dropout", str(dropout), "--lr-schedule", "cosine",
-            "--warmup-steps", str(base.steps_per_epoch))) for rate, dropout in SEARCHED]
-        runs = [*self.search, *(replace(run, seed=seed) for seed in SEEDS[:args.seeds] for run in RUNS)]
-        later = [replace(run, seed=seed) for run in LATER for seed in SEEDS[:args.seeds]]
+        self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
+        seeds = SEEDS[:args.seeds]
+        runs = [*map(Run, SEARCH), *(Run(name, seed) for seed in seeds for name in RUNS)]
+        later = [Run(name, seed) for name in LATER for seed in seeds]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
             wanted |= set(self.needs(run)) if run.stem in wanted else set()
-        self.runs, self.later = ([run for run in found if run.stem in wanted] for found in (runs, later))
+        self.runs, self.later = ([run for run in some if run.stem in wanted] for some in (runs, later))
 
     def log(self, stem):
         return self.out / f"{stem}.jsonl"
 
     def records(self, stem, kind):
+        """The records of this kind in a log; [] if it is not there yet or damaged, of which v10 itself says more."""
         try:
-            found = [json.loads(line) for line in self.log(stem).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):  # not there yet, or torn: v10 itself says what is wrong with it
+            records = [record for _, record in plot_logs.records(self.log(stem))]
+        except plot_logs.LogError:
             return []
-        return [record for record in found if isinstance(record, dict) and record.get("kind") == kind]
+        return [record for record in records if isinstance(record, dict) and record.get("kind") == kind]
 
     def done(self, run):
         return bool(self.records(run.stem, "end")) and not self.unprobed(run)
 
     def needs(self, run):
-        """The stems of the runs that must have ended before this one."""
-        return ([f"{run.ranks_of}_s{run.seed}"] * bool(run.ranks_of) + [s.stem for s in self.search] * run.tuned
-                + [f"{other.name}_s0" for other in RUNS if other.timed or other.name == "dense"] * run.at_equal_time)
+        """The stems of the runs that must have ended before this one, as its command names them."""
+        needed = []
+        for _, field, _, _ in string.Formatter().parse(COMMANDS[run.name]):
+            name = (field or "").partition(".")[0]
+            if name in COMMANDS:
+                needed.append(f"{name}_s{run.seed}")
+            if name == "search":
+                needed += [f"{name}_s0" for name in SEARCH]
+            if name == "speed":
+                needed += [f"{name}_s0" for name in RUNS if name in TIMED | {"dense"}]
+        return needed
 
     def unprobed(self, run):
-        return run.probed and all(record["run"] != run.name or record["seed"] != run.seed
-                                  for record in self.records("probes", "probe"))
+        return run.name in PROBED and all(record["run"] != run.name or record["seed"] != run.seed
+                                          for record in self.records("probes", "probe"))
 
     def command(self, run):
         """The command line of a run, as a user would type it."""
-        flags = [*self.size * run.sized, *run.flags, *SHORT * self.args.short, "--seed", str(run.seed),
-                 "--data-file", str(self.data(run))]
-        if run.tuned:
-            flags += min(self.search, key=lambda run: self.records(run.stem, "end")[0]["best_val_loss"]).flags
-        if run.tested and self.args.test_file:
-            flags += ["--test-file", self.args.test_file]
-        if run.ranks_of:
-            log = self.log(f"{run.ranks_of}_s{run.seed}")
-            mean = round(self.records(log.stem, "epoch")[-1]["rank_avg"])
-            flags += ["--fixed-rank", *(["--init-rank", str(mean)] if run.as_mean else ["--ranks-from", str(log)])]
-        if run.name == "long":
-            flags += ["--epochs", str(LONG * self.defaults.epochs)]
-        if run.at_equal_time:
-            ratio = self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"]
-            flags += ["--epochs", str(round(ratio * self.defaults.epochs))]
-        return [sys.executable, str(v10.HERE / SCRIPTS[run.script]), *flags, "--log-file", str(self.log(run.stem))]
+        words = shlex.split(self.fill(COMMANDS[run.name], run.seed))
+        given = [] if "--data-file" in words else ["--data-file", str(self.data())]
+        return [sys.executable, str(v10.HERE / SCRIPTS[words[0]]), *words[1:], *given, "--seed", str(run.seed),
+                "--log-file", str(self.log(run.stem))]
 
-    def data(self, run=None):
-        """The text that a run trains on, or that most do."""
-        if run and not run.sized:
-            return run.data or self.args.data_file
+    def fill(self, command, seed):
+        """A command with what its placeholders stand for."""
+        values = {"size": self.size, "data_file": shlex.quote(self.args.data_file),
+                  "steps_per_epoch": self.defaults.steps_per_epoch,
+                  "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
+                  "three_times_the_epochs": 3 * self.defaults.epochs,
+                  "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
+        for _, field, _, _ in string.Formatter().parse(command):
+            name = (field or "").partition(".")[0]
+            if name in COMMANDS:
+                log = self.log(f"{name}_s{seed}")
+                values[name] = argparse.Namespace(
+                    log=shlex.quote(str(log)), mean_rank=round(self.records(log.stem, "epoch")[-1]["rank_avg"]))
+            if name == "search":
+                best = min(SEARCH, key=lambda name: self.records(f"{name}_s0", "end")[0]["best_val_loss"])
+                own = SEARCH[best].removeprefix("v7 {size}")
+                values["search"] = argparse.Namespace(best=own.format_map(values))
+            if name == "speed":
+                ratio = self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"]
+                values["speed"] = argparse.Namespace(epochs=round(ratio * self.defaults.epochs))
+        return command.format_map(values)
+
+    def data(self):
+        """The text that a run trains on, if its command names no other."""
         return self.args.data_file if self.args.size == "report" else self.out / "words.tokens"
 
     def prepare(self):
-        """Make the small size's text, and count on it. Raises UserError where the folder has runs of another size or
-        text, or where there is no text."""
-        for name in (self.args.data_file, *[self.args.test_file] * bool(self.args.test_file)):
+        """Make the small size's text, and count on it. Raises UserError if the folder has runs of another size or text,
+        or if there is no text."""
+        for name in (self.args.data_file, *([self.args.test_file] if self.args.test_file else [])):
             if not any(path.exists() for path in (Path(name), v10.HERE / "data" / name)):
                 raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
-        for run in (run for run in [*self.runs, *self.later] if run.sized):
+        for run in (run for run in [*self.runs, *self.later] if "{size}" in COMMANDS[run.name]):
             for record in self.records(run.stem, "run"):
                 for name in ("d_model", "n_layers", "d_ff", "block_size", "batch_size", "steps_per_epoch"):
                     if record.get(name) != getattr(self.defaults, name):
@@ -190,19 +201,18 @@ class Study:
             elif path.read_text(encoding="utf-8") not in (text, with_rare_words_as_unk(text)):
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
-            train, val, vocabulary, *_ = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
-                                                         self.defaults.block_size,
-                                                         min_count=self.defaults.min_count)
+            corpus = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
+                                     self.defaults.block_size, min_count=self.defaults.min_count)
         except v10.UserError:
             path.unlink(missing_ok=True)
             raise
         if not self.records("ngrams", "ngrams"):
-            texts = {"val": val}
+            texts = {"val": corpus.val}
             if self.args.test_file:
-                texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], vocabulary)
-            unk = vocabulary.index("<unk>") if "<unk>" in vocabulary else -1
+                texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], corpus.vocabulary)
+            unk = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
             v10.write_record(self.log("ngrams"), "ngrams", **{
-                name: ngram_losses(train, text) | {"unk": (text == unk).float().mean().item()}
+                name: ngram_losses(corpus.train, text) | {"unk": (text == unk).float().mean().item()}
                 for name, text in texts.items()})
 
     def train(self, run):
@@ -214,28 +224,34 @@ class Study:
             if not self.records(needed, "end"):
                 self.failed.append(f"{run.stem}: it needs {needed}, which has not ended")
                 return
+        command = self.command(run)
         if not self.records(run.stem, "end"):
-            command = self.command(run) + ["--resume"] * (log.exists() and log.stat().st_size > 0)
-            threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs))
-            with open(log.with_suffix(".txt"), "a", encoding="utf-8") as output:
-                output.write(shlex.join(command) + "\n")
-                output.flush()
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                           env=os.environ | {"OMP_NUM_THREADS": threads})
-            self.running[run.stem] = process
-            if self.stopping.is_set():  # which may have been since the look above
-                process.send_signal(signal.SIGTERM)
-            code = process.wait()
-            del self.running[run.stem]
-            if code and not self.stopping.is_set():
-                said = log.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-                self.failed.append(f"{run.stem}: exit code {code}: {said[-1]}")
+            code = self.execute(run, command + (["--resume"] if log.exists() and log.stat().st_size else []))
             if code:
                 return
         if self.unprobed(run):
-            probe(log, v10.find_data(str(self.data(run))), self.log("probes"), run)
+            probe(log, v10.find_data(command[command.index("--data-file") + 1]), self.log("probes"), run)
         for kind in (".pt", ".prev.pt", ".best.pt", ".txt"):
             log.with_suffix(kind).unlink(missing_ok=True)
+
+    def execute(self, run, command):
+        """Run a command to its end, its screen in a file beside the log -> its exit code."""
+        screen = self.log(run.stem).with_suffix(".txt")
+        threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs))
+        with open(screen, "a", encoding="utf-8") as output:
+            output.write(shlex.join(command) + "\n")
+            output.flush()
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                       env=os.environ | {"OMP_NUM_THREADS": threads})
+        self.running[run.stem] = process
+        if self.stopping.is_set():  # which may have been since train() looked
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        del self.running[run.stem]
+        if code and not self.stopping.is_set():
+            last = screen.read_text(encoding="utf-8").splitlines()[-1]
+            self.failed.append(f"{run.stem}: exit code {code}: {last}")
+        return code
 
     def stop(self):
         """End the runs that are going on; each saves where it stands."""
@@ -329,11 +345,10 @@ def measure_speed(study, rounds=9):
     """The step time of a run, on average over its epochs' ranks, over the dense model's: one step of each in turn."""
     settings = study.records("dense_s0", "run")[0]
     ranks = {}  # those that the epochs of each run were trained with, of all or of eight
-    for run in RUNS:
-        if run.script == "v10" and run.timed:
-            (first,), epochs = (study.records(f"{run.name}_s0", kind) for kind in ("run", "epoch"))
-            of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
-            ranks[run.name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
+    for name in (name for name in RUNS if name in TIMED):
+        (first,), epochs = (study.records(f"{name}_s0", kind) for kind in ("run", "epoch"))
+        of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
+        ranks[name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
     args = argparse.Namespace(**{"min_count": 1, **settings})
     device = v10.pick_device(args.device)
     train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size,
@@ -380,14 +395,14 @@ def main(argv=None):
     parser.add_argument("--out", type=os.path.expanduser, default="logs/study", help="folder of the logs")
     parser.add_argument("--size", choices=SIZES, default="small", help="report: v10's defaults, for a GPU")
     parser.add_argument("--seeds", type=number(int, least=1, below=len(SEEDS) + 1), default=len(SEEDS), help="how many")
-    parser.add_argument("--only", nargs="+", metavar="RUN", choices=sorted({run.name for run in RUNS + LATER}),
+    parser.add_argument("--only", nargs="+", metavar="RUN", choices=sorted(COMMANDS),
                         help="these runs, as --list names them, and those that they need")
     parser.add_argument("--jobs", type=number(int, least=1, below=1000), default=2, help="runs side by side")
     parser.add_argument("--data-file", type=os.path.expanduser, default=v10.DEFAULT_DATA,
                         help="text; a bare name is looked for in data/ too")
     parser.add_argument("--test-file", type=os.path.expanduser, default="wiki.valid.tokens",
                         help="one more held-out text; '' for none")
-    parser.add_argument("--list", action="store_true", help="print the runs and which are done")
+    parser.add_argument("--list", action="store_true", help="print the runs, their commands, and which are done")
     parser.add_argument("--short", action="store_true", help="a minute for all: tiny models, to see that it works")
     with v10.screens():
         return run(parser, argv)
@@ -400,14 +415,14 @@ def run(parser, argv):
         everything = [*study.runs, *study.later]
         if study.args.list:
             for run in everything:
-                print(f"{'done' if study.done(run) else '-':5} {run.stem}")
+                print(f"{'done' if study.done(run) else '-':5} {run.stem:30} {' '.join(COMMANDS[run.name].split())}")
             return 0
         study.out.mkdir(parents=True, exist_ok=True)
         v10.handle_signals(v10.interrupt)
         study.prepare()
         complete = study.all(study.runs)
         if complete:
-            if not study.records("speed", "speed") and any(run.at_equal_time for run in study.later):
+            if not study.records("speed", "speed") and any("{speed" in COMMANDS[run.name] for run in study.later):
                 measure_speed(study)
             complete = study.all(study.later)
         for failure in study.failed:

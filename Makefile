@@ -49,7 +49,7 @@ demo: $(READY)  ## three small runs, tables and figures, in minutes and offline
 	$(PY) $(V7) $(DEMO) --log-file $(DEMO_DIR)/v7.jsonl --overwrite
 	$(PY) plot_logs.py $(addprefix $(DEMO_DIR)/,$(DEMO_LOGS))
 	@echo
-	@echo "The tables above and the figures are in $(DEMO_DIR)/figures: begin with losses.png."
+	@echo "The same with figures, to look at in a browser: $(DEMO_DIR)/figures/index.html"
 
 # Where WikiText-2 cannot be fetched, training takes the synthetic corpus, and says so.
 FETCH = test -f data/wiki.train.tokens || test -f wiki.train.tokens || $(PY) data/wikitext2.py || true

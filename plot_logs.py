@@ -174,7 +174,7 @@ def check(record, run):
     return kind
 
 
-def records(path):
+def records(path: Path) -> list[tuple[int, object]]:
     """[(line number, record)] of a log. Raises LogError. A last line that was cut off in the middle is left out, with a
     warning."""
     try:
@@ -195,7 +195,7 @@ def records(path):
     return found
 
 
-def read_log(path, name, init_rank):
+def read_log(path: Path, name: str, init_rank: float) -> Run:
     """A log -> Run. Raises LogError."""
     run = Run(name)
     for number, record in records(path):
@@ -225,7 +225,7 @@ def read_log(path, name, init_rank):
     return run
 
 
-def read_logs(paths, init_rank):
+def read_logs(paths: list[Path], init_rank: float) -> list[Run]:
     """Logs -> Runs, each with a name of its own, also where capitals do not count: the file's, and its folder's where
     two files share a name. A log that cannot be read is left out, with a warning; raises LogError if none can be."""
     runs, problems = [], []
@@ -289,7 +289,7 @@ class Group:
         return [found for found in map(value, self.runs) if found is not None]
 
 
-def grouped(runs):
+def grouped(runs: list[Run]) -> list[Group]:
     """Runs -> Groups, in order: together are runs of one length and of distinct seeds, whose records differ only in
     what belongs to one run. What else has the same settings stands apart, with the reason."""
     groups = {}
@@ -327,7 +327,7 @@ PHASES = ("Phases, by rules. Uniform compression: the first epochs, as long as a
           "brought less than 2%.")  # they divide the report's run as the report does: 1 to 7, 8 to 22, 23 to 30
 
 
-def phases(run):
+def phases(run: Run) -> list[tuple[str, list[dict]]]:
     """[(name, epochs)] of the phases that a log shows, by the rules of PHASES; `epochs` are the records of each."""
     found, epochs = [], run.epochs
     lowest, slowed, collapse = math.inf, False, len(epochs)  # the place of the first one that belongs to it
@@ -430,7 +430,7 @@ def training_table(run):
          Cell(e.get("rank_max")), Cell(e.get("rank_avg"), ".1f")] for e in chosen])
 
 
-def projection_means(run):
+def projection_means(run: Run) -> dict[str, float]:
     """{projection: the mean of its final ranks}."""
     return {name: fmean(run.final_ranks[i] for i in of_type) for name, of_type in run.by_projection().items()}
 
@@ -506,12 +506,12 @@ def cost_table(run):
         ["peak memory in MB", "", Cell(max(memory, default=None))]])
 
 
-def best(run):
+def best(run: Run) -> dict:
     """The epoch of lowest validation loss."""
     return min(run.epochs, key=lambda epoch: epoch["val_loss"])
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
 
@@ -659,7 +659,7 @@ def curve(axes, at, seeds, color, **line):
 COLORS = {"dense": "#0072B2", "fixed": "#CC79A7", "adaptive": "#009E73", LEAK: "#D55E00"}  # Okabe and Ito's
 
 
-def shades(families):
+def shades(families: list[str]) -> list[tuple]:
     """A colour for each: that of its family, lighter for the second and the next ones of it."""
     seen, colors = {}, []
     for family in families:
@@ -670,7 +670,7 @@ def shades(families):
     return colors
 
 
-def label_ends(axes, ends):
+def label_ends(axes, ends: list[tuple]) -> None:
     """Write each (y, text, color) at the right edge, beside the end of its line, without overlaps."""
     axes.figure.canvas.draw()  # settles the scale
     line, ends = 1.3 * plt.rcParams["font.size"] / 72 * axes.figure.dpi, sorted(ends, key=lambda end: end[0])
@@ -785,7 +785,7 @@ def heatmap_figure(run):
     return figure
 
 
-def draw_heatmap(axes, run):
+def draw_heatmap(axes, run: Run) -> None:
     """The rank of each layer after each epoch, the method's own picture."""
     epochs, ranks = history(run)
     names, n_layers = run.layers(), ranks.shape[1]
@@ -860,7 +860,7 @@ def figures(runs, x="epoch", report=False):
             yield f"{run.name}_final-ranks", final_ranks_figure(run)
 
 
-def start_matplotlib(names=()):
+def start_matplotlib(names=()) -> None:
     """Not before it is needed: it takes most of this script's time. The user's display settings do not count; fonts are
     chosen that have the letters of `names`, so far as the machine has such fonts."""
     global np, plt, letters  # what figures are made with, and the letters that their fonts have
@@ -889,7 +889,7 @@ def start_matplotlib(names=()):
         warn(f"no font on this machine has {''.join(map(chr, sorted(missing)))[:40]}: figures show ? instead")
 
 
-def save(figure, path):
+def save(figure, path: Path) -> None:
     """A figure as path.png and path.pdf; both are the same, byte for byte, whenever they are made of the same logs."""
     figure.savefig(path.with_name(path.name + ".png"), bbox_inches="tight")
     figure.savefig(path.with_name(path.name + ".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
@@ -938,7 +938,7 @@ def screen(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
 
 
-def home(name):
+def home(name: str) -> Path:
     """A path; a shell expands no ~ in --flag=~/name."""
     return Path(name).expanduser()
 

@@ -49,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -62,7 +63,7 @@ except ImportError:  # Windows: two runs on one log go unnoticed there
 
 # ---- Spectra of W = U V, without W (on the CPU: the matrices are small, and not every device has decompositions) -----
 
-def stable_rank(U, V, iterations=0, generator=None):
+def stable_rank(U: Tensor, V: Tensor, iterations: int = 0, generator: torch.Generator | None = None) -> float:
     """||W||_F^2 / sigma_max^2 of W = U V as a float; 0 for W = 0.
 
     iterations > 0: the report's estimate (2.2, A.1), power iteration from a random vector of n numbers. It gives what
@@ -81,12 +82,12 @@ def stable_rank(U, V, iterations=0, generator=None):
     return ((G_u * G_v).sum() / sigma_squared).item() if sigma_squared > 0 else 0.0
 
 
-def stable_rank_of(S):
+def stable_rank_of(S: Tensor) -> float:
     """The stable rank of a matrix with these singular values (R,), descending."""
     return (S.square().sum() / S[0].square()).item() if S[0] > 0 else 0.0
 
 
-def product_svd(U, V):
+def product_svd(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of U V in O((m + n) r^2) -> P (m, R), S (R,) descending, Qt (R, n) with U V = P diag(S) Qt.
 
     U = Q_u R_u and V^T = Q_v R_v by QR; the rest is the SVD of the r x r core R_u R_v^T.
@@ -97,7 +98,7 @@ def product_svd(U, V):
     return Q_u @ P, S, Qt @ Q_v.mT
 
 
-def product_svds(factors):
+def product_svds(factors: list) -> list:
     """[product_svd(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
     threads mostly wait for each other. Each has to be told so itself: else its results vary in the last bits."""
     threads = torch.get_num_threads()
@@ -108,7 +109,7 @@ def product_svds(factors):
         torch.set_num_threads(threads)
 
 
-def resize_factors(U, V, k, generator, svd=None):
+def resize_factors(U: Tensor, V: Tensor, k: int, generator: torch.Generator, svd: tuple | None = None) -> tuple:
     """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
 
     U' = U A and V' = B V in the first `carried` directions; the others are new, and zero in A and B. `svd` is
@@ -226,7 +227,7 @@ class RankController:
     min_rank: int = 8
     max_rank: float = math.inf
 
-    def propose(self, rank, ema, stable_rank):
+    def propose(self, rank: int, ema: float, stable_rank: float) -> Decision:
         """-> Decision; a pure function. `ema` is the last one, at first the initial rank."""
         target = min(max(self.safety_factor * stable_rank, self.min_rank), self.max_rank)
         ema = self.ema_decay * ema + (1 - self.ema_decay) * target
@@ -256,7 +257,7 @@ class GPTConfig:
     tokenize: str = "words"
 
 
-def attention(q, k, v, causal, dropout):
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, causal or not, for q, k, v (B, heads, T, d): PyTorch's, but for two weak spots."""
     T, device, mask = q.shape[2], q.device.type, None
     if device == "cpu" and q.dtype == torch.bfloat16 and T <= 1024:  # written out it takes half the time
@@ -342,11 +343,11 @@ class GPT(nn.Module):
         return [layer.rank for layer in self.linears().values() if layer.rank is not None]
 
 
-def count_parameters(*modules):
+def count_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def leak_check(model):
+def leak_check(model: GPT) -> dict:
     """Can a position see later ones? Change the tokens after a position and compare the logits up to it, three times.
 
     -> {"leaks": bool, "max_change": the largest change of a logit over the largest logit}.
@@ -372,7 +373,7 @@ def leak_check(model):
 
 # ---- The optimizer, and what becomes of it when a rank changes -------------------------------------------------------
 
-def make_adamw(parameters, args):
+def make_adamw(parameters, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with weight decay on all of these parameters, as in the report (3.2).
 
     `moments` is what transport_moments asks of any optimizer: which of its states are moments of a parameter's
@@ -477,7 +478,7 @@ ADVICE = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if trainin
 
 # ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
 
-def read_words(path, tokenize="words"):
+def read_words(path: Path, tokenize: str = "words") -> tuple[list[str], str]:
     """-> (the text's words, characters or bytes, SHA-256 of the file): whitespace-separated words, or each character
     or byte, a byte as the character of that number. Raises UserError for what is not readable UTF-8 text; bytes may be
     anything."""
@@ -495,7 +496,7 @@ def read_words(path, tokenize="words"):
     return text.split() if tokenize == "words" else list(text), hashlib.sha256(data).hexdigest()
 
 
-def encode(words, vocabulary):
+def encode(words: list[str], vocabulary: list[str]) -> Tensor:
     """Words -> tokens (N,); words outside the vocabulary become <unk>. Raises UserError if it has none."""
     index = {word: i for i, word in enumerate(vocabulary)}
     unknown = index.get("<unk>")
@@ -509,14 +510,15 @@ def encode(words, vocabulary):
 class Corpus(NamedTuple):
     """A text, ready for training."""
 
-    train: torch.Tensor  # tokens (N,)
-    val: torch.Tensor  # tokens (N,)
+    train: Tensor  # tokens (N,)
+    val: Tensor  # tokens (N,)
     vocabulary: list[str]  # sorted
     sha256: str  # of the file
     entropy_floor: float | None  # the loss of the true generator, if the text is synthetic
 
 
-def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
+def load_corpus(path: Path, val_fraction: float, block_size: int, tokenize: str = "words",
+                min_count: int = 1) -> Corpus:
     """A text file -> Corpus. Words that occur fewer than min_count times in the file become <unk>.
 
     Raises UserError if a part is shorter than a block and its last target.
@@ -543,7 +545,7 @@ def load_corpus(path, val_fraction, block_size, tokenize="words", min_count=1):
     return Corpus(train, val, vocabulary, sha256, floor)
 
 
-def sample_batch(tokens, batch_size, block_size, generator):
+def sample_batch(tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random windows of tokens (N,) -> inputs (B, T), targets (B, T), the same one token later."""
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     starts = starts.to(tokens.device, non_blocking=tokens.is_cuda)
@@ -614,7 +616,8 @@ def add_product(total, a, b, first):
 
 # ---- One step, and evaluation ----------------------------------------------------------------------------------------
 
-def train_step(model, optimizers, x, y, grad_clip=0.0, grad_accum=1, total=0.0):
+def train_step(model: nn.Module, optimizers: list, x: Tensor, y: Tensor, grad_clip: float = 0.0, grad_accum: int = 1,
+               total: Tensor | float = 0.0) -> Tensor:
     """One step of the optimizers on inputs and targets (B, T), in grad_accum parts -> total + loss, free of its graph:
     factors may be replaced next. `model` is what parallel() returned.
 
@@ -656,7 +659,7 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-def evaluate(model, tokens, batch_size):
+def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
     """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
     be seen by an unmasked model), every token but the first predicted once. The processes share the batches."""
     T = model.config.block_size
@@ -753,7 +756,7 @@ class Request:
     device: torch.device
     files: "Files"
     corpus: Corpus
-    test_tokens: torch.Tensor | None  # (N,)
+    test_tokens: Tensor | None  # (N,)
     initial_ranks: list[int]  # those of --ranks-from, else []
     checkpoint: dict | None  # to go on from
     moved: bool  # the checkpoint is of another device or another number of processes
@@ -1018,17 +1021,17 @@ def finish(run):
 
 # ---- Several processes, started by torchrun --------------------------------------------------------------------------
 
-def process_count():
+def process_count() -> int:
     """How many processes train this model together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def process_index():
+def process_index() -> int:
     """The number of this one: 0, which alone writes and speaks, or a higher one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather(value):
+def gather(value) -> list:
     """[value in process 0, value in process 1, ...], in every process."""
     values = [value] * process_count()
     if process_count() > 1:
@@ -1058,7 +1061,7 @@ def parallel(model):
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process_count() > 1 else model
 
 
-def leave(code):
+def leave(code: int) -> None:
     """sys.exit(code), even if the screen is gone. One of several processes skips the interpreter's own end:
     DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and one that lets go of a tensor only
     then aborts (pytorch#179291)."""
@@ -1081,7 +1084,7 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(option, size)
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The device of --device, ready for use -> torch.device."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -1096,7 +1099,7 @@ def pick_device(name):
     return torch.device(name)
 
 
-def choose_dtype(device, d_model):
+def choose_dtype(device: torch.device, d_model: int) -> tuple[str, str]:
     """What --dtype auto means -> ("bfloat16" or "float32", why)."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1110,7 +1113,7 @@ def choose_dtype(device, d_model):
     return "bfloat16" if ratio >= 2 else "float32", f"a product in bfloat16 is {ratio:.1f} times as fast here"
 
 
-def bfloat16_speedup():
+def bfloat16_speedup() -> float:
     """How many times faster a large product is in bfloat16 than in float32 on this CPU, measured in a second; 0 where
     the processor only emulates bfloat16, which is many times slower, or torch does not say (before 2.10)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -1126,14 +1129,14 @@ def bfloat16_speedup():
     return min(seconds[0]) / min(seconds[1])
 
 
-def default_grad_accum(windows, block_size, device):
+def default_grad_accum(windows: int, block_size: int, device: torch.device) -> int:
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
     to its caches (faster, and half the memory); elsewhere one, which keeps the device busy."""
     parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= 2048]
     return min(parts, default=windows) if device.type == "cpu" else 1
 
 
-def compile_blocks(model):
+def compile_blocks(model: GPT) -> None:
     """torch.compile for each block, once for all ranks and sequence lengths: a graph with gradients and one without.
     Dynamo's defaults would compile anew at every rank, and silently stop after eight."""
     torch._dynamo.config.force_parameter_static_shapes = False
@@ -1147,12 +1150,12 @@ def dropout_rng(device):
     return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name() if device.type == "cuda" else threads
 
 
-def peak_memory_mb(device):
+def peak_memory_mb(device: torch.device) -> float | None:
     """The most memory that the run has used, on the GPU for CUDA, else by the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -1162,7 +1165,7 @@ def peak_memory_mb(device):
         return torch.mps.driver_allocated_memory() / 2**20 if device.type == "mps" else None
 
 
-def now(device):
+def now(device: torch.device) -> float:
     """Seconds on a running clock, read once the device has caught up."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
@@ -1390,7 +1393,7 @@ def temporary(path):
     return path.with_name(path.name + ".tmp")
 
 
-def write_record(path, kind, **fields):
+def write_record(path: Path, kind: str, **fields) -> None:
     """Append a line of JSON to the log, through to the disk, by process 0. NaN and Infinity raise ValueError, a disk
     that does not take it UserError; the log then stays as it was."""
     once(append_line, path, json.dumps({"kind": kind, **fields}, allow_nan=False).encode() + b"\n")
@@ -1422,7 +1425,7 @@ def read_records(path, start=0):
     return [record for record in records if isinstance(record, dict)]
 
 
-def find_data(name):
+def find_data(name: str) -> Path:
     """The path of a data file: a bare name that is not found here is looked for in data/. If the default text is
     missing, the committed synthetic corpus stands in, loudly, so that a fresh clone trains."""
     path = next((path for path in (Path(name), HERE / "data" / name) if path.exists()), Path(name))
@@ -1448,7 +1451,7 @@ def sha256_of(file, size):
     return digest.hexdigest().encode()
 
 
-def save(path, content, previous=None):
+def save(path: Path, content: dict, previous: Path | None = None) -> None:
     """torch.save with a seal. A crash leaves no half file under `path`; the file that was there becomes `previous`.
     Raises UserError if the disk does not take it; what was there then stays."""
     with writing(path):
@@ -1466,7 +1469,7 @@ def save(path, content, previous=None):
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def load(path):
+def load(path: Path) -> dict:
     """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else."""
     try:
         with open(path, "rb") as file:
@@ -1551,7 +1554,7 @@ def compare_settings(args, settings, defaults, checkpoint, files):
 
 # ---- Models in files -------------------------------------------------------------------------------------------------
 
-def build_model(content, linear=LowRankLinearAdaptiveSpectral):
+def build_model(content: dict, linear=LowRankLinearAdaptiveSpectral) -> GPT:
     """The model of a checkpoint's content: DenseLinear where its rank is None, else linear(n, m, rank).
 
     Raises UserError for content that holds no model of this suite; an error of linear's own is raised as it is.
@@ -1579,7 +1582,7 @@ def build_model(content, linear=LowRankLinearAdaptiveSpectral):
     return model
 
 
-def load_model(path, linear=LowRankLinearAdaptiveSpectral):
+def load_model(path: str | Path, linear=LowRankLinearAdaptiveSpectral) -> tuple[GPT, list[str]]:
     """A checkpoint, last or best -> (model in evaluation mode, on the CPU; its vocabulary). A variant with a factored
     layer of its own gives its `linear`."""
     content = load(Path(path))
@@ -1587,7 +1590,8 @@ def load_model(path, linear=LowRankLinearAdaptiveSpectral):
 
 
 @torch.no_grad()
-def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0, top_k=None):
+def generate(model: GPT, vocabulary: list[str], text: str, n_tokens: int = 50, temperature: float = 1.0, seed: int = 0,
+             top_k: int | None = None) -> str:
     """Continue a text by n_tokens sampled tokens -> the whole text; greedily at temperature 0, else from the top_k
     likeliest (all by default). Unknown words become <unk>. Raises UserError for what makes no sense.
 
@@ -1613,7 +1617,7 @@ def generate(model, vocabulary, text, n_tokens=50, temperature=1.0, seed=0, top_
     return text.encode("latin-1").decode("utf-8", errors="replace") if kind == "bytes" else text
 
 
-def dense_weights(model):
+def dense_weights(model: GPT) -> dict[str, Tensor]:
     """{name: W (m, n)} of the linear layers, on the CPU, for use elsewhere: the product U V if a layer is factored."""
     return {name: torch.matmul(*layer.factors()) for name, layer in model.linears().items()}
 
@@ -1634,7 +1638,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind, least=-math.inf, above=-math.inf, below=None):
+def number(kind: type, least=-math.inf, above=-math.inf, below=None):
     """An argparse type: a finite number of this kind within these bounds; a whole one is below 2^31 unless told."""
     below = below or (2**31 if kind is int else math.inf)
     bounds = [f" {word} {bound:,}" for word, bound in (("at least", least), ("above", above), ("below", below))
@@ -1653,7 +1657,7 @@ PATH = os.path.expanduser  # a shell expands no ~ in --flag=~/name
 COUNT, POSITIVE, FRACTION = number(int, least=1), number(float, above=0), number(float, least=0, below=1)
 
 
-def build_parser(variant):
+def build_parser(variant: Variant) -> Parser:
     """The flags, grouped."""
     parser = Parser(prog=variant.name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description=variant.description)
@@ -1801,7 +1805,7 @@ def read_request(args, variant, command, locks):
                    moved)
 
 
-def main(argv=None, variant=None):
+def main(argv: list[str] | None = None, variant: Variant | None = None) -> int:
     """Run a command line -> exit code."""
     handlers = handle_signals(interrupt)
     try:

@@ -739,7 +739,8 @@ def losses_figure(groups, x="epoch"):
         shade_impossible(axes, min(floors))
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.annotate("validation (line" + (", mean and range of the seeds)" if several else ")") + ", training (dashed)",
+    axes.annotate("validation (line" + (", mean and range of the seeds)" if several else ")")
+                  + ", training (dashed, mean over the epoch)",
                   (1, 0), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8,
                   color="#444444")
     if many:

@@ -21,7 +21,7 @@ from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, home, perplexity
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "logs" / "reference" / "study"
 PAGES = ("README.md", "RESULTS.md")
-NAMES = {"dense": "dense (v7)", "fixed": "fixed at 64", "adaptive": "adaptive (v10)",
+NAMES = {"dense": "dense", "fixed": "fixed at 64", "adaptive": "adaptive, as in the report",
          "transport": "adaptive, with transport", "fixed_mean": "fixed at the mean found",
          "retrained": "ranks found, trained afresh"}
 COUNTED = {"bigram": "pairs of words, counted", "unigram": "words, counted"}
@@ -116,10 +116,12 @@ PROBED = {"val_loss_masked": ("with the mask put on", ".3f"), "loss_at_last_posi
 
 def summary(study):
     """README's: what each configuration reaches with how many parameters."""
-    return Table("summary", "", [f"n = {len(study.groups['dense'].runs)}", "M parameters in the linear layers",
-                                 "best val loss, the report's settings", "tuned settings"], [
-        [NAMES[name], study.cell(name, linear_parameters, ".2f"), study.cell(name, best_loss),
-         study.cell(f"tuned_{name}", best_loss)] for name in NAMES])
+    def reached(name):
+        return f"{study.cell(name, best_loss)}, {study.mean(name, linear_parameters_at_best):.2f}M"
+    return Table("summary", "", [f"n = {len(study.groups['dense'].runs)}", "M parameters at the end",
+                                 "best val loss, the report's settings", "best val loss, tuned settings"], [
+        [NAMES[name], study.cell(name, linear_parameters, ".2f"), reached(name), reached(f"tuned_{name}")]
+        for name in NAMES])
 
 
 def leak(study):
@@ -273,7 +275,7 @@ def leak_figure(study):
         loss, color = losses_by_epoch(axes, study, f"bidirectional{kind}", linestyle=STYLES[kind])
         ends.append((loss, f"{label}, {LEAK}", color))
     counted = study.ngrams["val"]["bigram"]
-    axes.axhline(counted, color="black", linestyle=":", linewidth=1)
+    axes.axhline(counted, color="gray", linewidth=1)
     axes.annotate("what counting pairs of words reaches", (0.99, counted), xycoords=("axes fraction", "data"),
                   xytext=(0, -4), textcoords="offset points", va="top", ha="right", fontsize=8, color="#444444")
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
@@ -299,8 +301,9 @@ def comparison_figure(study):
             end, last = (study.mean(prefix + name, value) for value in (linear_parameters, last_loss))
             axes.plot(study.values(prefix + name, linear_parameters_at_best), study.values(prefix + name, best_loss),
                       ".", color=color, alpha=0.4)
-            axes.annotate("", (end, last), (at, best), arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 0,
-                                                                 "shrinkB": 0})
+            if (end, round(last, 2)) != (at, round(best, 2)):  # there is a way to go
+                axes.annotate("", (end, last), (at, best), arrowprops={"arrowstyle": "->", "color": color,
+                                                                     "shrinkA": 0, "shrinkB": 0})
             axes.plot(at, best, "o", color=color)
             axes.annotate(label, (at, best), xytext=OFFSETS[name], textcoords="offset points", color=color, va="center",
                           ha="left" if OFFSETS[name][0] > 0 else "right", fontsize=8)
@@ -309,7 +312,7 @@ def comparison_figure(study):
         axes.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
         axes.minorticks_off()
     panels[0].set_ylabel("validation loss (nats per token)")
-    figure.suptitle("The report's default comes last; with AdamW's state carried through a resize it comes third",
+    figure.suptitle("By best loss the report's default is last, and third with AdamW's state carried through resizes",
                     fontsize=11)
     figure.supxlabel("point: the best epoch, mean of the seeds; small point: a seed; arrow: to the last epoch",
                      fontsize=8)
@@ -322,7 +325,7 @@ def method_figure(study):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1))
     run = study.groups["tuned_transport"].first
     plot_logs.draw_heatmap(left, run)
-    left.set_title(f"Ranks find their place: mean {run.initial_rank:.0f} to {mean_rank(run):.1f}")
+    left.set_title(f"Ranks with transport: {run.initial_rank:.0f} to {mean_rank(run):.1f} on average")
     ends = []
     for name, style in (("dense", "-"), ("fixed", "-"), ("transport", "-"), ("adaptive", "--")):
         runs = study.groups[f"tuned_{name}"].runs
@@ -332,7 +335,7 @@ def method_figure(study):
         ends.append((losses[:, -1].mean(), f"{NAMES[name]}, {study.mean('tuned_' + name, linear_parameters):.2f}M",
                      color))
     right.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(5.8, 6.6),
-              title="What that costs, in loss and in parameters")
+              title="What they cost (tuned settings, linear parameters)")
     plot_logs.label_ends(right, ends)
     return figure
 
@@ -344,7 +347,7 @@ def ranks_figure(study):
     axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4)
     ends.append((report[30][4], f"the report, {LEAK}", "black"))
     for name, label, color in (("untrained", "the report's size, nothing learnt", "gray"),
-                               ("long", "study, causal", plot_logs.COLORS["adaptive"]),
+                               ("long", "study, causal, 48 epochs", plot_logs.COLORS["adaptive"]),
                                ("bidirectional", f"study, {LEAK}", plot_logs.COLORS[LEAK])):
         runs = study.groups[name].runs
         ranks = plot_logs.np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])

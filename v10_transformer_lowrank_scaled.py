@@ -11,7 +11,7 @@ Spectral Rank Estimation" (December 2025); "report 2.3" below is its section 2.3
 
     python3 v10_transformer_lowrank_scaled.py                              the report's configuration, causal
     python3 v10_transformer_lowrank_scaled.py --init-rank 64 --min-rank 8  the same, spelled out
-    python3 v10_transformer_lowrank_scaled.py --attention bidirectional    the report's numbers, with its leak
+    python3 v10_transformer_lowrank_scaled.py --attention bidirectional    the report's setup, with its leak
     python3 v10_transformer_lowrank_scaled.py --resume                     go on after an interruption
 
 What it is not: a way to a perplexity of 3.17. The report's attention had no causal mask, so its model saw the word

@@ -335,7 +335,10 @@ def method_figure(study):
         ends.append((losses[:, -1].mean(), f"{NAMES[name]}, {study.mean('tuned_' + name, linear_parameters):.2f}M",
                      color))
     right.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(5.8, 6.6),
-              title="What they cost (tuned settings, linear parameters)")
+              title="What that costs, with tuned settings")
+    right.annotate("M: million parameters in the linear layers", (1, 1), xycoords="axes fraction", ha="right", va="top",
+                   fontsize=8, color="#444444")
+    right.xaxis.get_major_locator().set_params(integer=True)
     plot_logs.label_ends(right, ends)
     return figure
 

@@ -80,30 +80,30 @@ class Run:
         """[] for a dense model."""
         return self.epochs[-1]["ranks"]
 
-    def layers(self):
-        """The names of the layers in the order of `ranks`, as in 0.q; logs that name none have the report's six for
-        each block."""
-        names = [str(layer.get("name")) for layer in self.settings.get("layers", [])]
-        if len(names) == len(self.final_ranks):
-            return names
-        return [f"{i // 6}.{list(PROJECTIONS)[i % 6]}" for i in range(len(self.final_ranks))]
+    def places(self):
+        """[(block, projection as it is shown)] in the order of `ranks`. A log without names has the report's layers,
+        six for each block."""
+        given, n = self.settings.get("layers"), len(self.final_ranks)
+        names = [plain(name).rpartition(".") for layer in given or [] if isinstance(name := layer.get("name"), str)]
+        places = [(block, PROJECTIONS.get(kind, kind)) for block, _, kind in names]
+        if len(places) == n == len(set(places)):
+            return places
+        if given or n % len(PROJECTIONS):
+            return [(str(i), "layer") for i in range(n)]
+        return [(str(i // len(PROJECTIONS)), [*PROJECTIONS.values()][i % len(PROJECTIONS)]) for i in range(n)]
 
     def by_projection(self):
-        """{projection, as it is shown: the indices of its layers}."""
-        found = {}
-        for i, name in enumerate(self.layers()):
-            kind = name.rpartition(".")[2]
-            found.setdefault(PROJECTIONS.get(kind, kind), []).append(i)
-        return found
+        """{projection: the indices of its layers}."""
+        indices = {}
+        for i, (_, projection) in enumerate(self.places()):
+            indices.setdefault(projection, []).append(i)
+        return indices
 
     def grid(self):
         """-> (names of the blocks, {projection: the final rank in each block, None if it has no such layer})."""
-        blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in self.layers()))
-        grid = {projection: [None] * len(blocks) for projection in self.by_projection()}
-        for name, rank in zip(self.layers(), self.final_ranks, strict=True):
-            block, _, kind = name.rpartition(".")
-            grid[PROJECTIONS.get(kind, kind)][blocks.index(block)] = rank
-        return blocks, grid
+        ranks = dict(zip(self.places(), self.final_ranks, strict=True))
+        blocks = list(dict.fromkeys(block for block, _ in ranks))
+        return blocks, {kind: [ranks.get((block, kind)) for block in blocks] for kind in self.by_projection()}
 
     @property
     def family(self):
@@ -145,6 +145,8 @@ def check(record, run):
     if not isinstance(record, dict):
         raise ValueError("a record is an object, {...}")
     kind = record.get("kind", "epoch")
+    if not isinstance(kind, str):
+        raise ValueError("kind should be text")
     if kind == "run" and (run.settings or run.epochs):
         raise ValueError("a second run begins here: each run needs a log of its own")
     needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",)}.get(kind, ())
@@ -153,7 +155,7 @@ def check(record, run):
         if value is None and name not in needed:
             continue
         if name in TEXTS and not isinstance(value, str) or name not in TEXTS and not is_number(value):
-            raise ValueError(f"{name} should be a {'text' if name in TEXTS else 'number'}, "
+            raise ValueError(f"{name} should be {'text' if name in TEXTS else 'a number'}, "
                              f"not {json.dumps(value)[:60]}")
     ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"),
              "run": record.get("initial_ranks", [])}.get(kind, [])
@@ -174,9 +176,9 @@ def check(record, run):
     return kind
 
 
-def records(path: Path) -> list[tuple[int, object]]:
+def records(path: Path, quiet: bool = False) -> list[tuple[int, object]]:
     """[(line number, record)] of a log. Raises LogError. A last line that was cut off in the middle is left out, with a
-    warning."""
+    warning if not `quiet`."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -189,7 +191,8 @@ def records(path: Path) -> list[tuple[int, object]]:
             found.append((number, json.loads(line.decode("utf-8"), parse_constant=not_finite)))
         except (ValueError, RecursionError) as error:
             if number == len(lines) > 1:
-                warn(f"{path}:{number}: the last line is cut off and left out")
+                if not quiet:
+                    warn(f"{path}:{number}: the last line is cut off and left out")
                 break
             raise LogError(f"{path}:{number}: not a line of JSON ({error})") from None
     return found
@@ -285,7 +288,7 @@ class Group:
                 + f", {len(self.runs)} seeds" * (len(self.runs) > 1))
 
     def values(self, value):
-        """[value(run) for each run], without those that do not say."""
+        """[value(run) for each run], leaving out those that do not say."""
         return [found for found in map(value, self.runs) if found is not None]
 
 
@@ -303,7 +306,7 @@ def grouped(runs: list[Run]) -> list[Group]:
         for length in sorted(lengths, reverse=True):
             seeds = {}  # each seed's first run
             for run in (run for run in members if run.epochs[-1]["epoch"] == length):
-                first = seeds.setdefault(run.settings.get("seed"), run)
+                first = seeds.setdefault(json.dumps(run.settings.get("seed")), run)
                 if run is not first:
                     seed = "" if run.settings.get("seed") is None else f" {run.settings['seed']}"
                     found.append(Group(run.name, [run], f"it has the seed{seed} of {first.name}"))
@@ -555,8 +558,6 @@ def contents(runs, report=False):
         for table in found:
             table.title += mark
             yield table
-    if any(map(phases, runs)):
-        yield PHASES
     if len(runs) > 1:
         groups = grouped(runs)
         yield "# Comparison"
@@ -567,6 +568,8 @@ def contents(runs, report=False):
             yield "The runs were not trained on the same data: their losses cannot be compared."
         if len({run.epochs[-1].get("tokens_seen") for run in runs}) > 1:
             yield "The runs were not trained on the same number of tokens."
+    if any(map(phases, runs)):
+        yield PHASES
 
 
 def page(parts):
@@ -695,27 +698,30 @@ def shade_impossible(axes, floor):
 
 def losses_title(groups):
     """What the losses say, in one line."""
-    honest = [group for group in groups if not group.first.sees_targets]
-    leaking = [group for group in groups if group.first.sees_targets]
-    floor = next((group.first.settings["entropy_floor"] for group in groups
-                  if group.first.settings.get("entropy_floor")), -math.inf)
-    lowest = {group.name: fmean(best(run)["val_loss"] for run in group.runs) for group in groups}
-    if any(lowest[group.name] < floor for group in leaking):
+    def lowest(group):
+        return fmean(best(run)["val_loss"] for run in group.runs)
+
+    def below(group):  # its own text's entropy
+        return lowest(group) < (group.first.settings.get("entropy_floor") or -math.inf)
+    masked = [group for group in groups if group.first.sees_targets is False]
+    if any(map(below, groups)) and not any(below(group) for group in groups if not group.first.sees_targets):
         return "Only a model that sees its targets falls below the entropy of the text"
-    if not honest:
-        return "Losses of models that see their targets"
-    winner = min(honest, key=lambda group: lowest[group.name])
-    return (f"Lowest validation loss{' of those with a mask' if leaking else ''}: {label(winner.name)}, "
-            f"{lowest[winner.name]:.3f}")
+    texts = {run.settings.get("data_sha256") for group in groups for run in group.runs}
+    if not masked or any(map(below, masked)) or len(texts) > 1:
+        return "Losses"
+    winner, of_those = min(masked, key=lowest), " of those with a mask" if len(masked) < len(groups) else ""
+    return f"Lowest validation loss{of_those}: {label(winner.name)}, {lowest(winner):.3f}"
 
 
 def losses_figure(groups, x="epoch"):
     """Validation and training losses: a line for each configuration, with a band over its seeds."""
     name, where = AXES[x]
-    many = len(groups) > 10
+    families = [group.first.family for group in groups]
+    many = (len(groups) > 10 or max(map(families.count, families)) > 4
+            or max(len(group.label()) for group in groups) > 40)  # too many, or too long, for the ends of the lines
     figure, axes = plt.subplots(figsize=(12 if many else 7, max(4.5, 1 + 0.24 * len(groups))), layout="constrained")
     colors = (plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else
-              shades([group.first.family for group in groups]))
+              shades(families))
     ends = []
     for color, group in zip(colors, groups, strict=True):
         curves = [[(e["epoch"], at, e["val_loss"], e["train_loss"])
@@ -732,10 +738,10 @@ def losses_figure(groups, x="epoch"):
     axes.set(xlabel=name, ylabel="loss (nats per token)", title=losses_title(groups))
     leaks = any(group.first.sees_targets for group in groups)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if leaks else None)
-    floors = {run.settings["entropy_floor"] for group in groups for run in group.runs
-              if run.settings.get("entropy_floor")}
-    if floors:
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], min(floors) - 0.5))
+    floors = {run.settings.get("entropy_floor") or 0 for group in groups for run in group.runs} - {0}
+    if floors and max(floors) < 100:
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, min(floors) - 0.5), max(high, min(floors) + 0.2))
         shade_impossible(axes, min(floors))
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -756,8 +762,9 @@ def ranks_figure(run):
     epochs, ranks = history(run)
     projections = run.by_projection()
     columns = min(3, len(projections))
-    figure, panels = plt.subplots(math.ceil(len(projections) / columns), columns, figsize=(9, 5.5), sharex=True,
-                                  sharey=True, layout="constrained", squeeze=False)
+    rows = math.ceil(len(projections) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(9, min(100, 0.5 + 2.5 * rows)), sharex=True, sharey=True,
+                                  layout="constrained", squeeze=False)
     for axes, (name, layers) in zip(panels.flat, projections.items(), strict=False):
         of_type = ranks[:, layers]
         axes.fill_between(epochs, of_type.min(1), of_type.max(1), color=COLORS[run.family], alpha=0.25, linewidth=0)
@@ -780,7 +787,7 @@ def ranks_title(run):
 
 
 def heatmap_figure(run):
-    figure, axes = plt.subplots(figsize=(7.5, 1.5 + 0.15 * len(run.final_ranks)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, min(100, 1.5 + 0.15 * len(run.final_ranks))), layout="constrained")
     draw_heatmap(axes, run)
     axes.set_title(ranks_title(run))
     return figure
@@ -789,12 +796,11 @@ def heatmap_figure(run):
 def draw_heatmap(axes, run: Run) -> None:
     """The rank of each layer after each epoch, the method's own picture."""
     epochs, ranks = history(run)
-    names, n_layers = run.layers(), ranks.shape[1]
+    places, n_layers = run.places(), ranks.shape[1]
     edges = np.concatenate([[-0.5], np.add(epochs[:-1], epochs[1:]) / 2, [epochs[-1] + 0.5]])
     image = axes.pcolormesh(edges, np.arange(n_layers + 1), ranks.T, cmap="viridis", rasterized=True)
-    shown = [(block, PROJECTIONS.get(kind, kind)) for block, _, kind in (name.rpartition(".") for name in names)]
-    axes.set_yticks(np.arange(n_layers) + 0.5, [label(f"{block} {kind}") for block, kind in shown], fontsize=7)
-    begins = [i for i in range(1, n_layers) if shown[i][0] != shown[i - 1][0]]  # of the next block
+    axes.set_yticks(np.arange(n_layers) + 0.5, [label(f"{block} {kind}") for block, kind in places], fontsize=7)
+    begins = [i for i in range(1, n_layers) if places[i][0] != places[i - 1][0]]  # of the next block
     axes.hlines(begins, edges[0], edges[-1], color="white", linewidth=1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
@@ -806,7 +812,7 @@ def draw_heatmap(axes, run: Run) -> None:
 def final_ranks_figure(run):
     names, grid = run.grid()
     blocks = np.array([[np.nan if rank is None else rank for rank in ranks] for ranks in grid.values()], float).T
-    figure, axes = plt.subplots(figsize=(7, 1.8 + 0.45 * len(blocks)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(7, len(grid)), min(100, 1.8 + 0.45 * len(blocks))), layout="constrained")
     image = axes.imshow(blocks, cmap="viridis", aspect="auto")
     middle = (np.nanmin(blocks) + np.nanmax(blocks)) / 2
     for (i, j), rank in np.ndenumerate(blocks):

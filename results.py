@@ -45,6 +45,7 @@ class Study:
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
         self.ngrams, self.speed = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                    for kind in ("ngrams", "speed"))
+        self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes = defaultdict(list)
         for record in records:
             if record["kind"] == "probe":
@@ -162,7 +163,8 @@ def comparison(study, prefix=""):
                      Cell(study.differences(name, adaptive, best_loss) if name != adaptive else None, "+.3f"),
                      study.cell(name, last_loss), study.cell(name, best_perplexity, ",.1f")])
     losses, epochs = equal_time(study, prefix)
-    difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs]
+    difference = [losses[run.settings["seed"]] - best_loss(run) for run in study.groups[adaptive].runs
+                  if run.settings["seed"] in losses]
     rows.append([
         f"dense, {epochs} epochs: as long as adaptive takes", DASH, study.cell(dense, linear_parameters, ".2f"),
         Cell(1.0, ".2f"), Cell(list(losses.values()), ".3f"), DASH, DASH, Cell(difference, "+.3f"), DASH,
@@ -245,42 +247,37 @@ NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthe
 
 
 def filled(page, tables):
-    """A page with its tables, {name: Table}, as they are now. Raises LookupError for a name that is none."""
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(?=<!-- end -->)",
+    """A page with its tables, {name: Table}, as they are now. Raises LookupError for an unknown table."""
+    return re.sub(r"(<!-- table (\w+) -->\n)(?:(?!<!-- table ).)*?(?=<!-- end -->)",
                   lambda found: f"{found[1]}\n{tables[found[2]].markdown()}\n\n", page, flags=re.S)
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
-STYLES = {"": "-", "_fixed": "--", "_dense": ":"}  # of runs without a mask, which share a colour
-
-
-def losses_by_epoch(axes, study, name, **line):
-    """Draw the mean and the range over the seeds -> the last mean loss."""
+def losses_by_epoch(axes, study, name, label, style="-"):
+    """Draw the mean and the range over the seeds -> what label_ends() needs of it."""
     runs = study.groups[name].runs
     losses = plot_logs.np.array([[epoch["val_loss"] for epoch in run.epochs] for run in runs])
     color = plot_logs.COLORS[runs[0].family]
-    plot_logs.curve(axes, range(1, losses.shape[1] + 1), losses, color, **line)
-    return losses[:, -1].mean(), color
+    plot_logs.curve(axes, range(1, losses.shape[1] + 1), losses, color, linestyle=style)
+    axes.set(xlabel="epoch", ylabel="validation loss (nats per token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return losses[:, -1].mean(), label, color
 
 
 def leak_figure(study):
     """Validation losses with and without the mask."""
     figure, axes = plot_logs.plt.subplots(figsize=(7, 4), layout="constrained")
-    ends = []
-    for name, label in (("adaptive", "causal, adaptive"), ("dense", "causal, dense")):
-        loss, color = losses_by_epoch(axes, study, name)
-        ends.append((loss, label, color))
-    for kind, label in (("", "adaptive"), ("_fixed", "fixed ranks"), ("_dense", "dense")):
-        loss, color = losses_by_epoch(axes, study, f"bidirectional{kind}", linestyle=STYLES[kind])
-        ends.append((loss, f"{label}, {LEAK}", color))
+    ends = [losses_by_epoch(axes, study, *line) for line in (
+        ("adaptive", "causal, adaptive"), ("dense", "causal, dense"),
+        ("bidirectional", f"adaptive, {LEAK}", "-"), ("bidirectional_fixed", f"fixed ranks, {LEAK}", "--"),
+        ("bidirectional_dense", f"dense, {LEAK}", ":"))]
     counted = study.ngrams["val"]["bigram"]
     axes.axhline(counted, color="gray", linewidth=1)
     axes.annotate("what counting pairs of words reaches", (0.99, counted), xycoords=("axes fraction", "data"),
                   xytext=(0, -4), textcoords="offset points", va="top", ha="right", fontsize=8, color="#444444")
-    axes.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
-             title="Without the mask every model collapses, whatever its ranks do; with it none does")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(ylim=(0, None), title="Without the mask every model collapses, whatever its ranks do; with it none does"
+             if study.is_reference else "Validation losses with and without the mask")
     plot_logs.label_ends(axes, ends)
     return figure
 
@@ -301,19 +298,20 @@ def comparison_figure(study):
             end, last = (study.mean(prefix + name, value) for value in (linear_parameters, last_loss))
             axes.plot(study.values(prefix + name, linear_parameters_at_best), study.values(prefix + name, best_loss),
                       ".", color=color, alpha=0.4)
-            if (end, round(last, 2)) != (at, round(best, 2)):  # there is a way to go
+            if (end, round(last, 2)) != (at, round(best, 2)):  # else the arrow has no length
                 axes.annotate("", (end, last), (at, best), arrowprops={"arrowstyle": "->", "color": color,
                                                                      "shrinkA": 0, "shrinkB": 0})
             axes.plot(at, best, "o", color=color)
             axes.annotate(label, (at, best), xytext=OFFSETS[name], textcoords="offset points", color=color, va="center",
                           ha="left" if OFFSETS[name][0] > 0 else "right", fontsize=8)
-        axes.set(xscale="log", xlim=(0.06, 4), xlabel="million parameters in the linear layers",
-                 title=f"With {settings}")
-        axes.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
-        axes.minorticks_off()
+        axes.set(xscale="log", xlabel="million parameters in the linear layers", title=f"With {settings}")
+        if study.is_reference:  # room for the labels
+            axes.set_xlim(0.06, 4)
+            axes.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+            axes.minorticks_off()
     panels[0].set_ylabel("validation loss (nats per token)")
-    figure.suptitle("By best loss the report's default is last, and third with AdamW's state carried through resizes",
-                    fontsize=11)
+    figure.suptitle("By best loss the report's default is last, and third with AdamW's state carried through resizes"
+                    if study.is_reference else "Validation loss against parameters", fontsize=11)
     figure.supxlabel("point: the best epoch, mean of the seeds; small point: a seed; arrow: to the last epoch",
                      fontsize=8)
     return figure
@@ -326,19 +324,14 @@ def method_figure(study):
     run = study.groups["tuned_transport"].first
     plot_logs.draw_heatmap(left, run)
     left.set_title(f"Ranks with transport: {run.initial_rank:.0f} to {mean_rank(run):.1f} on average")
-    ends = []
-    for name, style in (("dense", "-"), ("fixed", "-"), ("transport", "-"), ("adaptive", "--")):
-        runs = study.groups[f"tuned_{name}"].runs
-        losses = plot_logs.np.array([[epoch["val_loss"] for epoch in run.epochs] for run in runs])
-        color = plot_logs.COLORS[runs[0].family]
-        plot_logs.curve(right, range(1, losses.shape[1] + 1), losses, color, linestyle=style)
-        ends.append((losses[:, -1].mean(), f"{NAMES[name]}, {study.mean('tuned_' + name, linear_parameters):.2f}M",
-                     color))
-    right.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(5.8, 6.6),
-              title="What that costs, with tuned settings")
+    ends = [losses_by_epoch(right, study, f"tuned_{name}", f"{NAMES[name]}, "
+                            f"{study.mean(f'tuned_{name}', linear_parameters):.2f}M", style)
+            for name, style in (("dense", "-"), ("fixed", "-"), ("transport", "-"), ("adaptive", "--"))]
+    right.set_title("What it costs, with tuned settings")
     right.annotate("M: million parameters in the linear layers", (1, 1), xycoords="axes fraction", ha="right", va="top",
                    fontsize=8, color="#444444")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    if study.is_reference:
+        right.set_ylim(5.8, 6.6)
     plot_logs.label_ends(right, ends)
     return figure
 
@@ -361,7 +354,8 @@ def ranks_figure(study):
         else:
             ends.append((ranks[:, -1].mean(), label, color))
     axes.set(xlabel="rank updates (one per epoch)", ylabel="mean rank", ylim=(0, None),
-             title="Even in weights that learn nothing the controller takes ranks down by a third")
+             title="Even when the weights learn nothing, the controller lowers ranks by a third" if study.is_reference
+             else "Mean ranks")
     plot_logs.label_ends(axes, ends)
     return figure
 
@@ -393,16 +387,18 @@ def main(argv=None):
         if args.out:
             text = "\n\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
             (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
-        for page in () if args.out else [HERE / name for name in PAGES]:
-            page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        pages = {} if args.out else {HERE / name: filled((HERE / name).read_text(encoding="utf-8"), tables)
+                                     for name in PAGES}
+        for page, text in pages.items():
+            page.write_text(text, encoding="utf-8")
         plot_logs.start_matplotlib()
         for name, figure in FIGURES.items():
             plot_logs.save(figure(study), folder / name)
-        print("\n".join(str(folder / f"{name}.png") for name in FIGURES))
+        plot_logs.screen("\n".join(str(folder / f"{name}.png") for name in FIGURES))
         return 0
     except LogError as error:
         print(f"results.py: error: {error}", file=sys.stderr)
-    except (LookupError, TypeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         print(f"results.py: error: {args.study} holds other logs than those of a study ({error!r})", file=sys.stderr)
     except OSError as error:
         print(f"results.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)

@@ -42,16 +42,16 @@ SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
     "report": ""}  # v10's defaults
-SHORT = " --d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
+SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
 WORDS = 100_000  # of the small size
 SCHEDULE = "--lr-schedule cosine --warmup-steps {steps_per_epoch}"
 UNMASKED, TRANSPORT = "--attention bidirectional", "--optimizer-on-resize transport"
 DEMO = """--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45 --lr 2e-3
-    --dtype float32 --init-rank 32 --min-rank 4 --data-file synthetic.tokens"""  # as in the Makefile
+    --dtype float32 --init-rank 32 --min-rank 4 --data-file synthetic.tokens {short}"""  # as in the Makefile
 
 # Each run is a command; --seed, --data-file and --log-file are added to it. {size} is of SIZES, {test} is --test-file,
 # {NAME.log} and {NAME.mean_rank} are of the run NAME of the same seed, {search.best} are the flags of the search's best
-# run, {speed.epochs} those in which the dense model takes the time of tuned_adaptive. What a run names it needs.
+# run, {speed.epochs} those that take the dense model the time of tuned_adaptive. A run needs what its command names.
 SEARCH = {f"search_rate{rate}_dropout{dropout}": f"v7 {{size}} --lr {{lr_{rate}}} --dropout {dropout} {SCHEDULE}"
           for rate in (1, 2) for dropout in (0.1, 0.3)}  # seed 0 alone; rate: times that of the size
 RUNS = {
@@ -75,7 +75,7 @@ RUNS = {
 LATER = {  # after the speed has been measured
     "tuned_dense_equal_time": "v7 {size} {search.best} --epochs {speed.epochs}",
     "untrained": "v10 --lr 1e-12 --batch-size 1 --steps-per-epoch 1 --val-fraction 0.001 --dtype float32 "
-                 "--data-file {data_file}",  # of the report's size
+                 "--data-file {data_file} {short}",  # of the report's size
     "synthetic": f"v10 {DEMO}",
     "synthetic_bidirectional": f"v10 {DEMO} {UNMASKED}",
     "long": "v10 {size} --epochs {three_times_the_epochs}",
@@ -107,7 +107,7 @@ class Study:
     """A folder of logs, and how its runs are made."""
 
     def __init__(self, args):
-        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + (SHORT if args.short else "")
+        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + (f" {SHORT}" if args.short else "")
         self.failed, self.stopping, self.running = [], threading.Event(), {}
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         seeds = SEEDS[:args.seeds]
@@ -124,7 +124,7 @@ class Study:
     def records(self, stem, kind):
         """The records of this kind in a log; [] if it is not there yet or damaged, of which v10 itself says more."""
         try:
-            records = [record for _, record in plot_logs.records(self.log(stem))]
+            records = [record for _, record in plot_logs.records(self.log(stem), quiet=True)]
         except plot_logs.LogError:
             return []
         return [record for record in records if isinstance(record, dict) and record.get("kind") == kind]
@@ -157,9 +157,9 @@ class Study:
                 "--log-file", str(self.log(run.stem))]
 
     def fill(self, command, seed):
-        """A command with what its placeholders stand for."""
-        values = {"size": self.size, "data_file": shlex.quote(self.args.data_file),
-                  "steps_per_epoch": self.defaults.steps_per_epoch,
+        """A command with its placeholders filled in."""
+        values = {"size": self.size, "short": SHORT if self.args.short else "",
+                  "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
                   "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
                   "three_times_the_epochs": 3 * self.defaults.epochs,
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
@@ -216,7 +216,7 @@ class Study:
                 for name, text in texts.items()})
 
     def train(self, run):
-        """Start or resume a run, wait for it, probe it, keep of it only the log."""
+        """Start or resume a run, wait for it, probe it, keep only its log."""
         if self.stopping.is_set() or self.done(run):
             return
         log = self.log(run.stem)
@@ -249,7 +249,7 @@ class Study:
         code = process.wait()
         del self.running[run.stem]
         if code and not self.stopping.is_set():
-            last = screen.read_text(encoding="utf-8").splitlines()[-1]
+            last = screen.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
             self.failed.append(f"{run.stem}: exit code {code}: {last}")
         return code
 
@@ -321,7 +321,7 @@ def probe(log, data, out, run, every=8):
                        "loss_at_other_positions": losses[:, :-1].mean().item(),
                        **dict(zip(("accuracy", "predicts_word_of_the_text", "predicts_word_put_there"), hits.tolist(),
                                   strict=True))}
-        record["val_loss_masked"] = losses.mean().item()  # the second time around with the mask
+        record["val_loss_masked"] = losses.mean().item()  # the second pass has the mask on
     v10.write_record(out, **record)
 
 
@@ -388,6 +388,7 @@ def measure_speed(study, rounds=9):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
+@v10.screens()
 def main(argv=None):
     number = v10.number
     parser = v10.Parser(prog="study.py", description="Runs the study.", allow_abbrev=False,
@@ -402,14 +403,8 @@ def main(argv=None):
                         help="text; a bare name is looked for in data/ too")
     parser.add_argument("--test-file", type=os.path.expanduser, default="wiki.valid.tokens",
                         help="one more held-out text; '' for none")
-    parser.add_argument("--list", action="store_true", help="print the runs, their commands, and which are done")
-    parser.add_argument("--short", action="store_true", help="a minute for all: tiny models, to see that it works")
-    with v10.screens():
-        return run(parser, argv)
-
-
-def run(parser, argv):
-    """main() on a screen that may vanish."""
+    parser.add_argument("--list", action="store_true", help="print each run, its command, and whether it is done")
+    parser.add_argument("--short", action="store_true", help="tiny models, minutes in all, to check that all works")
     try:
         study = Study(parser.parse_args(argv))
         everything = [*study.runs, *study.later]

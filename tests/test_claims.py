@@ -61,7 +61,7 @@ def change_in_the_epoch_of_the_collapse():
 CLAIMS = [  # page, phrase, what it rests on
     ("README", "With a twelfth of the dense model's parameters",
      lambda: round(ratio("tuned_dense", "tuned_transport")) == 12),
-    ("README", "validation loss is 0.20 nats higher, at best",
+    ("README", "validation loss is 0.20 nats higher",
      lambda: round(MEAN["tuned_transport"] - MEAN["tuned_dense"], 2) == 0.20),
     ("README", "The report's default comes last of six configurations**, by best loss",
      lambda: len(results.NAMES) == 6 and in_both(lambda prefix: place("adaptive", prefix) == 6)),
@@ -80,7 +80,9 @@ CLAIMS = [  # page, phrase, what it rests on
     ("README", "unmasked runs fall to between 0.8 and 2 nats",
      lambda: all(0.8 < MEAN[f"bidirectional{kind}"] < 2 for kind in ("", "_fixed", "_dense"))),
     ("README", "training afresh with the ranks found does no better than giving every layer their mean",
-     lambda: not any(every(prefix + "retrained", prefix + "fixed_mean") for prefix in results.SETTINGS)),
+     lambda: in_both(lambda p: abs(MEAN[p + "retrained"] - MEAN[p + "fixed_mean"]) < max(
+         max(losses) - min(losses) for losses in (STUDY.values(p + name, best_loss)
+                                                  for name in ("retrained", "fixed_mean"))))),
     ("RESULTS", "score 9.63 once the mask is put on", lambda: round(probe("val_loss_masked"), 2) == 9.63),
     ("RESULTS", "they score 6.71, and 1.94 at the others",
      lambda: (round(probe("loss_at_last_position"), 2), round(probe("loss_at_other_positions"), 2)) == (6.71, 1.94)),

@@ -169,7 +169,7 @@ def test_a_torn_last_line_is_left_out_with_a_warning(report, capsys):
     ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2, 3, 4, 5, 6]}', "where the epoch before has 36"),
     ('{"epoch": 30, "train_loss": 1, "val_loss": 1, "ranks": []}', "where the epoch before"),
     ('{"epoch": true, "train_loss": 1, "val_loss": 1, "ranks": []}', "epoch should be a number"),
-    ("\x00\x01", "not a line of JSON")])
+    ('{"kind": ["run"]}', "kind should be text"), ("\x00\x01", "not a line of JSON")])
 def test_a_bad_line_is_an_error_with_file_and_line(report, capsys, line, said):
     report.write_text(report.read_text() + line + "\n" + report.read_text().splitlines()[-1] + "\n")
     plot(report, code=2)
@@ -196,6 +196,10 @@ def test_layers_are_named_by_the_log_and_six_for_each_block_only_without_names(t
     assert cells(said, "Block")[1:] == ["in", "FFN \N{UPWARDS ARROW}", "gate"]
     assert [cells(said, block)[1:] for block in "ab"] == [["8", "7", plot_logs.DASH], ["6", plot_logs.DASH, "5"]]
     assert cells(said.split("Table 2")[1], "Mean")[1:] == ["7.0", "7.0", "5.0"]
+    for names in ([{"shape": [8, 8]}] * 4, layers[:1] * 4, layers[:2]):  # no names, the same one, too few
+        plot(write(tmp_path / "odd.jsonl", *logged([6, 5], lambda epoch: [8, 7, 6, 5], initial_ranks=[9] * 4,
+                                                   layers=names)))
+        assert cells(capsys.readouterr().out, "Block")[1:] == ["layer"]
 
 
 def test_the_page_holds_every_table_and_figure_and_needs_no_other_file(report, tmp_path):
@@ -464,6 +468,37 @@ def test_make_plots_takes_names_with_spaces(report, tmp_path):
     subprocess.run(["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}"], cwd=tmp_path,
                    check=True, capture_output=True)
     assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
+
+
+@pytest.mark.parametrize(("runs", "title"), [
+    ({"a": (5.0, {})}, "Lowest validation loss: a, 5.000"),
+    ({"a": (5.0, {}), "b": (4.0, {"lr": 1})}, "Lowest validation loss: b, 4.000"),
+    ({"a": (5.0, {}), "leak": (1.0, {"attention": "bidirectional"})},
+     "Lowest validation loss of those with a mask: a, 5.000"),
+    ({"a": (5.0, {"entropy_floor": 4.5}), "leak": (1.0, {"attention": "bidirectional", "entropy_floor": 4.5})},
+     "Only a model that sees its targets falls below the entropy of the text"),
+    ({"a": (4.0, {"entropy_floor": 4.5})}, "Losses"),  # there is something wrong with it
+    ({"a": (5.0, {}), "b": (4.0, {"data_sha256": "other"})}, "Losses"),
+    ({"leak": (1.0, {"attention": "bidirectional"})}, "Losses")])
+def test_the_title_of_the_losses_says_no_more_than_they_do(tmp_path, runs, title):
+    plot_logs.start_matplotlib()
+    logs = [write(tmp_path / f"{name}.jsonl", *logged([6, loss], **settings))
+            for name, (loss, settings) in runs.items()]
+    assert plot_logs.losses_title(plot_logs.grouped(plot_logs.read_logs(logs, 64))) == title
+
+
+def test_labels_at_the_ends_of_lines_do_not_overlap():
+    plot_logs.start_matplotlib()
+    figure, axes = plot_logs.plt.subplots()
+    axes.set_ylim(0, 10)
+    plot_logs.label_ends(axes, [(y, f"{y}", "black") for y in (5, 5.01, 5.02, 9)])
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert [text.get_text() for text in axes.texts] == ["5", "5.01", "5.02", "9"]
+    assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
+    middle = axes.transData.transform((0, 5.01))[1]
+    assert abs((boxes[1].y0 + boxes[1].y1) / 2 - middle) < 2, "the middle one stays beside its line"
+    plot_logs.plt.close(figure)
 
 
 def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn, unpainted):

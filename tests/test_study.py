@@ -14,6 +14,7 @@ import torch
 import plot_logs
 import results
 import study
+import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 from conftest import ROOT, records, untimed
 
@@ -108,6 +109,28 @@ def test_a_run_that_fails_is_told_and_those_that_need_it_do_not_start(tiny, tmp_
     assert failed[1].endswith("retrained_s0: it needs adaptive_s0, which has not ended")
     assert records(tmp_path / "bidirectional_s0.jsonl", "end")
     assert (tmp_path / "adaptive_s0.jsonl").read_text() == "my thesis\n"
+
+
+def test_the_commands_are_those_that_made_the_reference_logs():
+    ours, compared = asked(REFERENCE, data_file="wiki.train.tokens", test_file="wiki.valid.tokens"), 0
+    for run in [*ours.runs, *ours.later]:
+        _, script, *flags = ours.command(run)
+        variant = v7.Dense() if script.endswith("v7_transformer_dense_baseline.py") else v10.Variant()
+        settings, = records(ours.log(run.stem), "run")
+        assert settings["script"] == variant.name
+        for name, value in vars(v10.build_parser(variant).parse_args(flags)).items():
+            if name not in ("dtype", "device", "grad_accum", "checkpoint", "min_count", "init_rank"):  # chosen or new
+                value = value.rpartition("/")[2] if isinstance(value, str) else value
+                assert settings.get(name, value) == value, (run.stem, name)
+                compared += 1
+    assert compared > 67 * 20
+
+
+def test_a_short_study_is_short_in_every_run(tmp_path):
+    ours = asked(tmp_path, short=True, data_file="t", test_file="")
+    for name in ("untrained", "synthetic", "bidirectional", "long"):
+        flags = ours.command(study.Run(name))[2:]
+        assert v10.build_parser(v10.Variant()).parse_args(flags).d_model == 64, name
 
 
 def test_every_run_comes_after_those_that_it_needs(tmp_path):
@@ -213,6 +236,8 @@ def test_a_page_gets_the_tables_that_it_names_and_keeps_the_rest():
         "two -->\n", f"two -->\n\n{two.markdown()}\n\n")
     with pytest.raises(LookupError):
         results.filled(page, {"one": one})
+    unended = page.replace("<!-- end -->", "", 1)
+    assert results.filled(unended, {"one": one, "two": two}).startswith(unended[:unended.index("<!-- table two")])
 
 
 def test_the_reference_study_has_three_seeds_of_one_configuration_each():
@@ -248,13 +273,6 @@ def copied(folder):
     return results.Study(folder)
 
 
-def test_a_study_that_is_not_complete_is_not_told(tiny, tmp_path, capsys):
-    for folder, said in ((tiny, "is not complete: "), (tmp_path / "no", "there is no such folder")):
-        assert results.main(["--study", str(folder), "--out", str(tmp_path)]) == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "tables.md").exists()
-
-
 @pytest.mark.parametrize(("name", "line", "said"), [
     ("speed", "{", "speed.jsonl:1: not a line of JSON"), ("probes", "[]", "holds other logs"),
     ("dense_s0", "{", "dense_s0.jsonl:1: not a line of JSON"), ("ngrams", '{"kind": "ngrams"}', "is not complete")])
@@ -265,6 +283,9 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert results.main(["--study", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):

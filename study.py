@@ -86,12 +86,6 @@ PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fix
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
 
 
-def with_rare_words_as_unk(text):
-    """What this script wrote before v10 had --min-count; to v10 it is the same text."""
-    count = Counter(text.split())
-    return " ".join(word if count[word] >= 3 else "<unk>" for word in text.split())
-
-
 # ---- One run ---------------------------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
@@ -198,7 +192,7 @@ class Study:
             text = " ".join(v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS])
             if not path.exists():
                 path.write_text(text, encoding="utf-8")
-            elif path.read_text(encoding="utf-8") not in (text, with_rare_words_as_unk(text)):
+            elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
             corpus = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,

@@ -136,13 +136,6 @@ def test_the_entropy_floor_is_drawn_and_listed(run, text, capsys):
     plot_logs.plt.close(figure)
 
 
-def test_a_resumed_log_counts_each_epoch_once(tmp_path):
-    one = [report_record(epoch, 2, epoch, 8, 9, 8.5) for epoch in (1, 2, 3)]
-    again = [report_record(epoch, 2, 10 * epoch, 8, 9, 8.5) for epoch in (2, 3)]
-    log = write(tmp_path / "log.jsonl", *one, {"kind": "resume", "epoch": 1, "epochs": 3}, *again)
-    assert [epoch["val_loss"] for epoch in plot_logs.read_log(log, "log", 64).epochs] == [1, 20, 30]
-
-
 def test_a_really_resumed_log_reads_like_the_straight_one(run):
     straight = run(name="straight")
     run("--epochs", 2, name="resumed")

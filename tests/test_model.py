@@ -98,6 +98,15 @@ def test_evaluation_predicts_every_token_but_the_first_once_without_padding(n):
     assert model.training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_and_the_leak_check_leave_the_models_mode_as_they_find_it(training):
+    model = small(dropout=0.3).train(training)
+    losses = [v10.evaluate(model, torch.arange(31), 2) for _ in range(2)]
+    assert losses[0] == losses[1], "something is dropped"
+    v10.leak_check(model)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_v7_and_v10_of_one_seed_share_all_but_the_linear_layers_bit_for_bit():
     ours, theirs = small().state_dict(), small(linear=v10.DenseLinear).state_dict()
     shared = [name for name in ours if name in theirs]

@@ -202,6 +202,8 @@ def test_the_page_holds_every_table_and_figure_and_needs_no_other_file(report, t
     pictures = [path.stem for path in (tmp_path / "out").glob("*.png")]
     assert sorted(re.findall('<img alt="(.*?)" src="data:image/png;base64,', page)) == sorted(pictures)
     assert page.count("<table>") == len([*(tmp_path / "out").glob("*.csv")])
+    assert "<p>No run record: the log does not say what trained it" in page
+    assert page.index("<h1>Comparison</h1>") < page.index("<h1>report</h1>") < page.index('alt="report_ranks"')
     assert not re.findall(r"(src|href)=\"(?!data:)", page)
 
 

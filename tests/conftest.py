@@ -2,6 +2,7 @@
 import hashlib
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started: under nohup, or with &,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # they would be ignored, here and in every process that a test starts
 
 SMALL = ["--d-model", "16", "--n-layers", "2", "--n-heads", "2", "--d-ff", "32", "--block-size", "8",
          "--batch-size", "4", "--epochs", "4", "--steps-per-epoch", "5", "--lr", "0.01", "--val-fraction", "0.1",

@@ -87,7 +87,9 @@ def targets(folder):
     def read_log(data):
         here.write_bytes(data)
         runs = [plot_logs.read_log(path, path.stem, 64) for path in (here, folder / "log.jsonl")]
-        plot_logs.page(plot_logs.contents(runs))
+        parts = [*plot_logs.contents(runs)]
+        plot_logs.page(parts)
+        plot_logs.html_page(parts, {})
         for run in runs:
             if run.final_ranks:
                 plot_logs.history(run)

@@ -503,7 +503,7 @@ def cost_table(run):
         ["parameters in the linear layers", Cell(factors), Cell(millions(last.get("factor_params_millions")))],
         ["parameters in all", Cell(start), Cell(millions(last.get("params_millions")))],
         ["linear layers of a dense model", Cell(dense), Cell(dense)],
-        ["dense model in all", *[Cell(None if None in (start, dense) else start - factors + dense)] * 2],
+        ["dense model in all", *[Cell(None if None in (start, factors, dense) else start - factors + dense)] * 2],
         *seconds,
         ["training tokens per second", "", Cell(run.tokens_per_second())],
         ["peak memory in MB", "", Cell(max(memory, default=None))]])

@@ -180,6 +180,11 @@ def test_a_record_of_an_unknown_kind_is_left_out_with_a_warning(report, capsys):
     assert cells(captured.out, "25")[2] == "3.327"
 
 
+def test_a_log_that_counts_all_parameters_but_not_the_layers_gets_dashes(tmp_path, capsys):
+    plot(write(tmp_path / "log.jsonl", *logged([6, 5], parameters=100, layers=[{"name": "0.q", "shape": [8, 8]}])))
+    assert cells(capsys.readouterr().out, "dense model in all")[1:] == [plot_logs.DASH] * 2
+
+
 def test_layers_are_named_by_the_log_and_six_for_each_block_only_without_names(tmp_path, capsys):
     layers = [{"name": name, "shape": [8, 8]} for name in ("a.in", "a.up", "b.in", "b.gate")]
     log = write(tmp_path / "log.jsonl", *logged([6, 5], lambda epoch: [8, 7, 6, 5], initial_ranks=[9] * 4,

@@ -183,9 +183,8 @@ def measure(args):
     flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
     matrices = [torch.randn(LARGE, LARGE, dtype=dtype, device=device) for _ in range(3)]
     with torch.no_grad():
-        blocks = [v10.Block(v10.GPTConfig(1, args.d_model, d_ff=4 * args.d_model), low_rank(args.rank))
-                  for _ in range(args.n_layers)]
-        layers = [layer.factors() for block in blocks for layer in block.modules() if hasattr(layer, "factors")]
+        model = v10.GPT(v10.GPTConfig(1, args.d_model, args.n_layers, d_ff=4 * args.d_model), low_rank(args.rank))
+        layers = [layer.factors() for layer in model.linears().values()]
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
     step = make_step(full, args)

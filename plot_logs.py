@@ -68,12 +68,17 @@ class Run:
         return self.settings["attention"] == "bidirectional" if "attention" in self.settings else None
 
     @property
+    def mark(self):
+        """What follows its name wherever it appears."""
+        return f" ({LEAK})" if self.sees_targets else ""
+
+    @property
     def title(self):
-        return self.name + f" ({LEAK})" * bool(self.sees_targets)
+        return self.name + self.mark
 
     def label(self):
         """As a figure shows it."""
-        return label(self.name) + f" ({LEAK})" * bool(self.sees_targets)
+        return label(self.name) + self.mark
 
     @property
     def final_ranks(self):
@@ -284,8 +289,7 @@ class Group:
 
     def label(self):
         """As a figure shows it."""
-        return (label(self.name) + f" ({LEAK})" * bool(self.first.sees_targets)
-                + f", {len(self.runs)} seeds" * (len(self.runs) > 1))
+        return label(self.name) + self.first.mark + (f", {len(self.runs)} seeds" if len(self.runs) > 1 else "")
 
     def values(self, value):
         """[value(run) for each run], leaving out those that do not say."""
@@ -621,7 +625,7 @@ def html_page(parts, pictures):
 
 def history(run):
     """-> (epochs, ranks (epochs, layers)), the initial ranks first, as epoch 0; updates inside epochs at their part."""
-    initial = run.settings.get("initial_ranks") or [run.initial_rank] * len(run.epochs[-1]["ranks"])
+    initial = run.settings.get("initial_ranks") or [run.initial_rank] * len(run.final_ranks)
     ranks = {0: initial} | {epoch["epoch"]: epoch["ranks"] for epoch in run.epochs}
     if steps := run.settings.get("steps_per_epoch"):
         ranks |= {update["step"] / steps: update["ranks"] for update in run.updates
@@ -646,11 +650,11 @@ AXES = {"epoch": ("epoch", logged("epoch")), "tokens": ("training tokens", logge
 
 
 def label(text, longest=48):
-    """A run's name as matplotlib shows it: plain, not too long, and in a legend whatever it begins with."""
+    """A run's name as matplotlib shows it: plain, and not too long."""
     if len(text) > longest:
         text = text[:longest // 2] + "\N{HORIZONTAL ELLIPSIS}" + text[-longest // 2:]
     text = "".join(letter if ord(letter) in letters else "?" for letter in text)
-    return " " * text.startswith("_") + text.replace("$", r"\$")
+    return text.replace("$", r"\$")
 
 
 def curve(axes, at, seeds, color, **line):
@@ -720,8 +724,7 @@ def losses_figure(groups, x="epoch"):
     many = (len(groups) > 10 or max(map(families.count, families)) > 4
             or max(len(group.label()) for group in groups) > 40)  # too many, or too long, for the ends of the lines
     figure, axes = plt.subplots(figsize=(12 if many else 7, max(4.5, 1 + 0.24 * len(groups))), layout="constrained")
-    colors = (plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else
-              shades(families))
+    colors = plt.cm.turbo(np.linspace(0, 1, len(groups))) if many else shades(families)
     ends = []
     for color, group in zip(colors, groups, strict=True):
         curves = [[(e["epoch"], at, e["val_loss"], e["train_loss"])
@@ -731,9 +734,11 @@ def losses_figure(groups, x="epoch"):
             raise LogError(f"{group.name}: its log does not say the {name}, which --x {x} asks for")
         seeds = np.array([[point for point in curve if point[0] in common] for curve in curves])  # (seeds, epochs, 4)
         _, at, val, train = seeds.mean(0).T
-        curve(axes, at, seeds[..., 2], color, marker="o", markersize=3, label=group.label())
+        shown = group.label()
+        curve(axes, at, seeds[..., 2], color, marker="o", markersize=3,
+              label=f" {shown}" if shown.startswith("_") else shown)  # a legend leaves out what begins with _
         axes.plot(at, train, color=color, linestyle="--", linewidth=1)
-        ends.append((val[-1], group.label().strip(), color))
+        ends.append((val[-1], shown, color))
     several = any(len(group.runs) > 1 for group in groups)
     axes.set(xlabel=name, ylabel="loss (nats per token)", title=losses_title(groups))
     leaks = any(group.first.sees_targets for group in groups)
@@ -782,7 +787,7 @@ def ranks_figure(run):
 def ranks_title(run):
     """Where the ranks began and where they ended, in one line."""
     ranks = run.final_ranks
-    return (f"{run.label().strip()}: ranks from {run.initial_rank:.3g} to {fmean(ranks):.1f} on average, "
+    return (f"{run.label()}: ranks from {run.initial_rank:.3g} to {fmean(ranks):.1f} on average, "
             f"{min(ranks)} to {max(ranks)}")
 
 
@@ -823,7 +828,7 @@ def final_ranks_figure(run):
     axes.set_yticks(range(len(blocks)), map(label, names))
     axes.grid(False)
     axes.set(xlabel="projection, and its mean rank", ylabel="block",
-             title=f"{run.label().strip()}: ranks after epoch {run.epochs[-1]['epoch']}")
+             title=f"{run.label()}: ranks after epoch {run.epochs[-1]['epoch']}")
     figure.colorbar(image, label="rank")
     return figure
 
@@ -850,7 +855,7 @@ def report_figure(run):
         axes.set_ylim(bottom=0)
         axes.axvline(REPORT_PHASES["collapse"], color="gray", linestyle=":", linewidth=1)
         axes.legend(fontsize=9)
-    figure.suptitle(f"{run.label().strip()}, beside the report's run (dotted: the first epoch of its collapse)",
+    figure.suptitle(f"{run.label()}, beside the report's run (dotted: the first epoch of its collapse)",
                     fontsize=11)
     return figure
 

@@ -320,7 +320,7 @@ def comparison_figure(study):
 def method_figure(study):
     """Ranks finding their place, and what they cost."""
     plt = plot_logs.plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     run = study.groups["tuned_transport"].first
     plot_logs.draw_heatmap(left, run)
     left.set_title(f"Ranks with transport: {run.initial_rank:.0f} to {mean_rank(run):.1f} on average")
@@ -387,10 +387,10 @@ def main(argv=None):
         if args.out:
             text = "\n\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
             (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
-        pages = {} if args.out else {HERE / name: filled((HERE / name).read_text(encoding="utf-8"), tables)
-                                     for name in PAGES}
-        for page, text in pages.items():
-            page.write_text(text, encoding="utf-8")
+        else:
+            pages = {HERE / name: filled((HERE / name).read_text(encoding="utf-8"), tables) for name in PAGES}
+            for page, text in pages.items():  # once all are known to be good
+                page.write_text(text, encoding="utf-8")
         plot_logs.start_matplotlib()
         for name, figure in FIGURES.items():
             plot_logs.save(figure(study), folder / name)

@@ -86,6 +86,11 @@ PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fix
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
 
 
+def named(command):
+    """What the placeholders of a command begin with: runs, `search`, `speed`, and plain values."""
+    return [field.partition(".")[0] for _, field, _, _ in string.Formatter().parse(command) if field]
+
+
 # ---- One run ---------------------------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
@@ -129,8 +134,7 @@ class Study:
     def needs(self, run):
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
-        for _, field, _, _ in string.Formatter().parse(COMMANDS[run.name]):
-            name = (field or "").partition(".")[0]
+        for name in named(COMMANDS[run.name]):
             if name in COMMANDS:
                 needed.append(f"{name}_s{run.seed}")
             if name == "search":
@@ -157,8 +161,7 @@ class Study:
                   "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
                   "three_times_the_epochs": 3 * self.defaults.epochs,
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
-        for _, field, _, _ in string.Formatter().parse(command):
-            name = (field or "").partition(".")[0]
+        for name in named(command):
             if name in COMMANDS:
                 log = self.log(f"{name}_s{seed}")
                 values[name] = argparse.Namespace(
@@ -290,7 +293,7 @@ def probe(log, data, out, run, every=8):
     """
     content = v10.load(log.with_suffix(".best.pt"))
     args = next(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args.get("min_count", 1))[1]
+    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args.get("min_count", 1)).val
     record = {"kind": "probe", "run": run.name, "seed": run.seed, "attention": args["attention"]}
     generator, T = torch.Generator().manual_seed(0), args["block_size"]
     blocks = (len(tokens) - 1) // T
@@ -345,14 +348,15 @@ def measure_speed(study, rounds=9):
         ranks[name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
     args = argparse.Namespace(**{"min_count": 1, **settings})
     device = v10.pick_device(args.device)
-    train, *_, vocabulary, _, _ = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size,
-                                                  min_count=args.min_count)
-    train, generator = train.to(device), torch.Generator().manual_seed(0)
+    corpus = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size,
+                             min_count=args.min_count)
+    train, generator = corpus.train.to(device), torch.Generator().manual_seed(0)
 
     def stepper(ranks):
         left = iter(ranks)
         make = (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, next(left))) if ranks else v10.DenseLinear
-        config = v10.GPTConfig(len(vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff, args.block_size)
+        config = v10.GPTConfig(len(corpus.vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
+                               args.block_size)
         model = v10.GPT(config, make).to(device)
         model.low_precision = args.dtype == "bfloat16"
         optimizer = v10.make_adamw(model.parameters(), args)

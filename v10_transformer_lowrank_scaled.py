@@ -978,11 +978,11 @@ def epoch_record(run, epoch, loss_sum, val_loss, eval_sec):
 
 def epoch_line(run, record):
     """An epoch's record as the user reads it."""
-    line = ("epoch {epoch:3}/{} train {train_loss:.3f}  val {val_loss:.3f}  ppl {val_ppl:.1f}"
+    line = ("epoch {epoch:3}/{epochs}  train {train_loss:.3f}  val {val_loss:.3f}  ppl {val_ppl:.1f}"
             + ("  rank {rank_avg:.1f} ({rank_min}-{rank_max})" if record["ranks"] else "")
             + "  {params_millions:.2f}M parameters  {time_sec:.1f} s  {tokens_per_sec:,.0f} tok/s"
             + ("  SEES ITS TARGETS" if run.sees_targets else ""))
-    return line.format(f"{run.args.epochs} ", **record)
+    return line.format(epochs=run.args.epochs, **record)
 
 
 def finish(run):
@@ -1785,8 +1785,8 @@ def read_request(args, variant, command, locks):
         settings["init_rank"] = None
     once(files.claim, locks)
     checkpoint = find_checkpoint(args, files)
-    defaults = vars(build_parser(variant).parse_args([]))
-    moved = checkpoint is not None and compare_settings(args, settings, defaults, checkpoint, files)
+    moved = checkpoint is not None and compare_settings(
+        args, settings, vars(build_parser(variant).parse_args([])), checkpoint, files)
     initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not checkpoint else []
     check_ranks(initial_ranks, f"{args.ranks_from}: rank", args)
     if not args.grad_accum:
@@ -1819,7 +1819,7 @@ def main(argv: list[str] | None = None, variant: Variant | None = None) -> int:
 def run_command(argv, variant):
     """main() on a screen that may vanish."""
     def fail(message, code, everywhere=False):
-        report_failure(f"{variant.name}: ", message, everywhere)
+        report_failure(variant.name, message, everywhere)
         return code
 
     try:
@@ -1868,7 +1868,7 @@ def report_failure(prog, message, everywhere):
         time.sleep(1)
         return
     message = message if len(message) <= 1000 else message[:500] + " ... " + message[-400:]
-    message = prog + (f"process {process_index()}: " if process_count() > 1 else "") + message
+    message = f"{prog}: " + (f"process {process_index()}: " if process_count() > 1 else "") + message
     print(message, file=sys.stderr)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # so that torchrun's own report ends with it
         with contextlib.suppress(OSError):

@@ -36,8 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 import plot_logs  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
-SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py"}
+SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py",
+           "v11": "v11_transformer_lowrank_spectron.py", "selfguided": "v11_transformer_lowrank_selfguided.py"}
 SEEDS = (0, 1, 2)
+UNSEEN = (1, 2, 3, 4, 5)  # the seeds of v11's comparison, which is tuned on seed 0
 SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
@@ -80,7 +82,44 @@ LATER = {  # after the speed has been measured
     "synthetic_bidirectional": f"v10 {DEMO} {UNMASKED}",
     "long": "v10 {size} --epochs {three_times_the_epochs}",
 }
-COMMANDS = SEARCH | RUNS | LATER
+
+# v11's comparison. Each arm has the same five tries on seed 0; its best one is then run on UNSEEN seeds. {NAME.best} are
+# the flags of the best try of the arm NAME; {equal_flop.NAME} the epochs in which the arm NAME does as much arithmetic
+# in its products as the dense tied model in those of the size.
+STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE}"
+ARMS = {
+    "dense_adamw": f"v7 {STEPS}", "dense_adamw_tied": f"v7 {STEPS} --tie-embeddings",
+    "dense_muon": f"v7 {STEPS} --optimizer muon", "dense_muon_tied": f"v7 {STEPS} --optimizer muon --tie-embeddings",
+    **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --init-rank {rank} --optimizer {optimizer}"
+       for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
+    **{f"rank{rank}_selfguided": f"selfguided {STEPS} --init-rank {rank}" for rank in (64, 16)}}
+TRIES = {  # {rate_2}: twice the middle of the rates of the arm's optimizer; the decay is that much of W per step
+    "rate1": "{rate_1} --dropout 0.1", "rate0.5": "{rate_half} --dropout 0.1", "rate2": "{rate_2} --dropout 0.1",
+    "dropout": "{rate_1} --dropout 0.2", "decay": "{rate_1} --dropout 0.1 --weight-decay 1 --factor-decay {decay}"}
+RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07)}
+
+
+def rates(arm):
+    """What the placeholders of TRIES stand for in an arm: --lr 0.001 at the middle, or --eta."""
+    flag, middle = RATES[arm.split("_")[1]]
+    return {"rate_1": f"{flag} {middle:g}", "rate_half": f"{flag} {middle / 2:g}", "rate_2": f"{flag} {2 * middle:g}",
+            "decay": f"{1e-3 / middle:.2g}" if flag == "--eta" else "0"}
+
+
+def attempts(arm):
+    """{name of a run: the try} of an arm."""
+    return {f"try_{arm}_{name}": flags.format_map(rates(arm)) for name, flags in TRIES.items()}
+
+
+TUNING = {name: f"{command} {flags}" for arm, command in ARMS.items() for name, flags in attempts(arm).items()}
+CONTROLLED = {arm: f"{command} {{{arm}.best}} --telemetry" for arm, command in ARMS.items()}
+CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
+               for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}
+CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{arm}}}"
+               for arm in ("rank64_spectron", "rank16_spectron")}
+CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --warmup-steps 0 --dropout 0.1 --telemetry"
+               for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -109,9 +148,9 @@ class Study:
         self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + (f" {SHORT}" if args.short else "")
         self.failed, self.stopping, self.running = [], threading.Event(), {}
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
-        seeds = SEEDS[:args.seeds]
-        runs = [*map(Run, SEARCH), *(Run(name, seed) for seed in seeds for name in RUNS)]
-        later = [Run(name, seed) for name in LATER for seed in seeds]
+        runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
+                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED)]
+        later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
             wanted |= set(self.needs(run)) if run.stem in wanted else set()
@@ -135,7 +174,9 @@ class Study:
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
         for name in named(COMMANDS[run.name]):
-            if name in COMMANDS:
+            if name in ARMS:
+                needed += [f"{name}_s0" for name in attempts(name)]
+            elif name in COMMANDS:
                 needed.append(f"{name}_s{run.seed}")
             if name == "search":
                 needed += [f"{name}_s0" for name in SEARCH]
@@ -162,7 +203,11 @@ class Study:
                   "three_times_the_epochs": 3 * self.defaults.epochs,
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
         for name in named(command):
-            if name in COMMANDS:
+            if name in ARMS:
+                tries = attempts(name)
+                best = min(tries, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"])
+                values[name] = argparse.Namespace(best=tries[best])
+            elif name in COMMANDS:
                 log = self.log(f"{name}_s{seed}")
                 values[name] = argparse.Namespace(
                     log=shlex.quote(str(log)), mean_rank=round(self.records(log.stem, "epoch")[-1]["rank_avg"]))
@@ -170,10 +215,26 @@ class Study:
                 best = min(SEARCH, key=lambda name: self.records(f"{name}_s0", "end")[0]["best_val_loss"])
                 own = SEARCH[best].removeprefix("v7 {size}")
                 values["search"] = argparse.Namespace(best=own.format_map(values))
+            if name == "equal_flop":
+                values[name] = argparse.Namespace(**{f"rank{rank}_spectron": self.equal_flop_epochs(rank)
+                                                     for rank in (64, 16)})
             if name == "speed":
                 ratio = self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"]
                 values["speed"] = argparse.Namespace(epochs=round(ratio * self.defaults.epochs))
         return command.format_map(values)
+
+    def equal_flop_epochs(self, rank):
+        """The epochs in which layers of a rank do as much arithmetic as dense ones do in those of the size."""
+        size, words = self.defaults, len(self.corpus().vocabulary)
+        C, F, T = size.d_model, size.d_ff, size.block_size
+        others = C * words + size.n_layers * C * T  # multiplications per token: the head's, and attention's
+        dense = size.n_layers * (4 * C * C + 2 * C * F) + others
+        factored = size.n_layers * rank * (4 * 2 * C + 2 * (C + F)) + others
+        return round(size.epochs * dense / factored)
+
+    def corpus(self):
+        return v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction, self.defaults.block_size,
+                               min_count=self.defaults.min_count)
 
     def data(self):
         """The text that a run trains on, if its command names no other."""
@@ -198,8 +259,7 @@ class Study:
             elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
-            corpus = v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction,
-                                     self.defaults.block_size, min_count=self.defaults.min_count)
+            corpus = self.corpus()
         except v10.UserError:
             path.unlink(missing_ok=True)
             raise
@@ -393,7 +453,8 @@ def main(argv=None):
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=os.path.expanduser, default="logs/study", help="folder of the logs")
     parser.add_argument("--size", choices=SIZES, default="small", help="report: v10's defaults, for a GPU")
-    parser.add_argument("--seeds", type=number(int, least=1, below=len(SEEDS) + 1), default=len(SEEDS), help="how many")
+    parser.add_argument("--seeds", type=number(int, least=1, below=len(UNSEEN) + 1), default=len(UNSEEN),
+                        help="at most so many of each run's, which are 3 or, for v11's comparison, 5")
     parser.add_argument("--only", nargs="+", metavar="RUN", choices=sorted(COMMANDS),
                         help="these runs, as --list names them, and those that they need")
     parser.add_argument("--jobs", type=number(int, least=1, below=1000), default=2, help="runs side by side")

@@ -25,6 +25,7 @@ n inputs. Losses are in nats per token.
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
 import hashlib
@@ -40,7 +41,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -72,8 +73,7 @@ def stable_rank(U: Tensor, V: Tensor, iterations: int = 0, generator: torch.Gene
     iterations = 0: the exact value, from the singular values of the r x r core (see product_svd).
     """
     if iterations == 0:
-        core = torch.linalg.qr(U, mode="r").R @ torch.linalg.qr(V.mT, mode="r").R.mT
-        return stable_rank_of(torch.linalg.svdvals(core))
+        return stable_rank_of(product_singular_values(U, V))
     G_u, G_v = U.mT @ U, V @ V.mT  # (R, R)
     x = torch.randn(V.shape[1], dtype=V.dtype, generator=generator)
     for _ in range(iterations):
@@ -85,6 +85,11 @@ def stable_rank(U: Tensor, V: Tensor, iterations: int = 0, generator: torch.Gene
 def stable_rank_of(S: Tensor) -> float:
     """The stable rank of a matrix with these singular values (R,), descending."""
     return (S.square().sum() / S[0].square()).item() if S[0] > 0 else 0.0
+
+
+def product_singular_values(U: Tensor, V: Tensor) -> Tensor:
+    """Those of U V, descending, from its r x r core as in product_svd."""
+    return torch.linalg.svdvals(torch.linalg.qr(U, mode="r").R @ torch.linalg.qr(V.mT, mode="r").R.mT)
 
 
 def product_svd(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,6 +260,8 @@ class GPTConfig:
     attention: str = "causal"
     dropout: float = 0.0
     tokenize: str = "words"
+    tie_embeddings: bool = False
+    share_layers: bool = False
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
@@ -300,7 +307,9 @@ class GPT(nn.Module):
     """Tokens (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross entropy, a scalar.
 
     `linear(n, m)` makes the linear layers of its blocks. What does not depend on it is drawn first, so that models of
-    one seed share it bit for bit.
+    one seed share it bit for bit. A tied head is the token embedding's own matrix, of variance 1/C; reading a token
+    multiplies its row by sqrt(C), so that blocks start from the same inputs either way. Shared layers are those of the
+    first block, in all of them.
     """
 
     def __init__(self, config, linear):
@@ -312,12 +321,21 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size)
         self.norm = nn.LayerNorm(config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList([Block(config, linear)])
+        for _ in range(1, config.n_layers):
+            shared = iter(self.linears().values())
+            self.blocks.append(Block(config, (lambda n, m: next(shared)) if config.share_layers else linear))
+        if config.tie_embeddings:
+            self.token_embedding.weight.data /= math.sqrt(config.d_model)
+            self.head.weight = self.token_embedding.weight
 
     def features(self, tokens):
         """(B, T) -> (B, T, C), what the head sees."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.low_precision):
-            x = self.drop(self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]])  # (B, T, C)
+            x = self.token_embedding(tokens)  # (B, T, C)
+            if self.config.tie_embeddings:
+                x = x * math.sqrt(self.config.d_model)
+            x = self.drop(x + self.position_embedding.weight[:tokens.shape[1]])
             for block in self.blocks:
                 x = block(x)
             return self.norm(x)
@@ -388,14 +406,16 @@ def make_adamw(parameters, args: argparse.Namespace) -> torch.optim.AdamW:
 
 def learning_rate(step, rate, args):
     """The learning rate of step 0, 1, 2, ... for a parameter group whose own is `rate`, in three phases."""
+    total_steps = args.epochs * args.steps_per_epoch
+    warmup_steps = total_steps // 20 if args.warmup_steps is None else args.warmup_steps
     # 1) linear warm-up from rate / warmup_steps to rate
-    if step < args.warmup_steps:
-        return rate * (step + 1) / args.warmup_steps
+    if step < warmup_steps:
+        return rate * (step + 1) / warmup_steps
     # 2) then constant
     if args.lr_schedule == "constant":
         return rate
     # 3) or half a cosine from rate to 0 at the end of the run
-    done = (step - args.warmup_steps) / (args.epochs * args.steps_per_epoch - args.warmup_steps)
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
     return rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -671,6 +691,36 @@ def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
     return sum(gather(sum(loss.item() * n for loss, n in losses))) / (len(tokens) - 1)
 
 
+def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
+    """What a step on the inputs x (B, T) has done to each linear layer (Spectron's figures 2 and 3); `before` are copies
+    of the layers from before it.
+
+    -> {"update_norms": ||dW||_2, "weight_norms": ||W||_2 after it, "output_changes": RMS of h dW^T over outputs and
+    tokens, where h is what the layer reads of x once the step is taken, without dropout}: lists, one number per layer.
+    """
+    layers, squares = list(model.linears().values()), torch.zeros(len(before), 2, device=x.device)
+
+    def measure(i):
+        def hook(layer, inputs):
+            with torch.autocast(x.device.type, enabled=False):
+                change = layer.forward(inputs[0].float()) - before[i].forward(inputs[0].float())
+            squares[i] += torch.stack([change.square().sum(), change.new_tensor(change.numel())])
+        return layers[i].register_forward_pre_hook(hook)
+
+    hooks = [measure(i) for i in range(len(layers))]
+    with evaluation_mode(model):
+        for part in x.chunk(parts):
+            model.features(part)
+    for hook in hooks:
+        hook.remove()
+    total, count = sum(gather(squares.cpu())).T
+    pairs = [(layer.factors(), old.factors()) for layer, old in zip(layers, before, strict=True)]
+    return {"update_norms": [product_singular_values(torch.cat([U, -old_U], 1), torch.cat([V, old_V]))[0].item()
+                             for (U, V), (old_U, old_V) in pairs],
+            "weight_norms": [product_singular_values(U, V)[0].item() for (U, V), _ in pairs],
+            "output_changes": (total / count).sqrt().tolist()}
+
+
 def perplexity(loss):
     return math.exp(min(loss, 700))  # exp overflows at 709.8
 
@@ -700,11 +750,15 @@ class Variant:
     name = "v10_transformer_lowrank_scaled.py"
     log_file = "logs/v10.jsonl"
     description = "Trains a GPT whose linear layers find their own ranks."
+    defaults = {}  # of flags, where they are not v10's
 
     def add_flags(self, parser):
         """Flags beyond those that all variants share. `fixed_rank`, `rank_interval` and `ranks_from` have to exist, if
         only as defaults."""
         add_rank_flags(parser)
+
+    def complete(self, args):
+        """Fill in those flags whose default depends on others. Raises UserError if its own contradict each other."""
 
     def linear(self, n, m, rank):
         """A linear layer with n inputs and m outputs, of the initial rank, or of a checkpoint's."""
@@ -717,8 +771,17 @@ class Variant:
                            min(*layer.shape, args.max_rank or math.inf)) for layer in layers]
 
     def make_optimizers(self, model, args):
-        """Optimizers that together have every parameter once."""
+        """Optimizers that together have every parameter once. The first one's rate is the `lr` of the log."""
         return [make_adamw(model.parameters(), args)]
+
+    def before_step(self, run, step):
+        """Called before step 1, 2, 3, ..."""
+
+    def update_ranks(self, run):
+        """Called after every --rank-interval steps; the only place where parameters may change their shapes or go.
+        -> (what the log keeps of it, how many layers were resized)."""
+        return update_ranks(run.layers, run.controllers, run.state.ema, run.optimizers, run.args,
+                            run.generators["rank"])
 
 
 # ---- A run: what it is made of ---------------------------------------------------------------------------------------
@@ -794,8 +857,8 @@ def build_run(request):
         model = build_model(checkpoint, variant.linear)
     else:
         ranks = itertools.chain(request.initial_ranks, itertools.repeat(getattr(args, "init_rank", None)))
-        config = GPTConfig(len(request.corpus.vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
-                           args.block_size, args.attention, args.dropout, args.tokenize)
+        config = GPTConfig(len(request.corpus.vocabulary),
+                           *(getattr(args, setting.name) for setting in fields(GPTConfig)[1:]))
         model = GPT(config, lambda n, m: variant.linear(n, m, next(ranks)))
         if request.initial_ranks and request.initial_ranks != model.ranks():
             raise UserError(f"{args.ranks_from} does not end with the ranks of {len(model.ranks())} layers: "
@@ -906,6 +969,8 @@ def train(run):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
             x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # each takes its share
+            run.variant.before_step(run, step)
+            before = copy.deepcopy(run.layers) if args.telemetry and ends else None
             loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
             if progress.due():
                 progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks() if run.controllers else [])
@@ -919,12 +984,13 @@ def train(run):
                 val_loss = evaluate(model, val_tokens, args.batch_size)
                 check_finite(val_loss, step, args, run.files.last)
                 eval_sec = watch.lap()
+                measured = telemetry(model, before, x, run.settings["grad_accum"]) if before else {}
+                watch.lap()
 
             # every --rank-interval: measure the spectra, let the controllers decide, resize
             if updates:
                 wrapped = None  # see parallel()
-                state.part.update, resized = update_ranks(run.layers, run.controllers, state.ema, run.optimizers, args,
-                                                          run.generators["rank"])
+                state.part.update, resized = run.variant.update_ranks(run)
                 state.ema = state.part.update["ema"] or state.ema
                 wrapped = parallel(model)
                 state.part.resized += resized
@@ -937,7 +1003,7 @@ def train(run):
 
             # at the end of an epoch: write its record
             if ends:
-                record = epoch_record(run, step // steps, loss_sum.item(), val_loss, eval_sec)
+                record = epoch_record(run, step // steps, loss_sum.item(), val_loss, eval_sec) | measured
                 write_record(run.files.log, "epoch", **record)
                 state.epochs.append(record)
 
@@ -1672,6 +1738,8 @@ def build_parser(variant: Variant) -> Parser:
     flag("--resume", action="store_true", help="go on from the last checkpoint, if there is one, else start; --epochs, "
          "--checkpoint-minutes, the device and the number of processes may differ")
     flag("--overwrite", action="store_true", help="replace an existing log and its checkpoints")
+    flag("--telemetry", action="store_true", help="log what the last step of each epoch does to each linear layer")
+    parser.set_defaults(**variant.defaults)
     return parser
 
 
@@ -1694,6 +1762,9 @@ def add_model_flags(parser):
     flag("--attention", choices=("causal", "bidirectional"), default=GPTConfig.attention,
          help="bidirectional has no mask: the model sees its targets, as in the report")
     flag("--dropout", type=FRACTION, default=GPTConfig.dropout, help="dropout probability")
+    flag("--tie-embeddings", action=argparse.BooleanOptionalAction, default=GPTConfig.tie_embeddings,
+         help="the head's matrix is the token embedding's")
+    flag("--share-layers", action="store_true", help="all blocks have the linear layers of the first")
 
 
 def add_rank_flags(parser):
@@ -1705,7 +1776,7 @@ def add_rank_flags(parser):
           help="each layer starts at the rank that it has at the end of this log")
     flag("--min-rank", type=COUNT, default=RankController.min_rank, help="smallest rank")
     flag("--max-rank", type=COUNT, help="largest rank; by default the smaller side of each matrix")
-    flag("--fixed-rank", action="store_true", help="ranks stay as they start")
+    flag("--fixed-rank", action=argparse.BooleanOptionalAction, default=False, help="ranks stay as they start")
     flag("--safety-factor", type=POSITIVE, default=RankController.safety_factor, help="target rank / stable rank")
     flag("--ema-decay", type=FRACTION, default=RankController.ema_decay, help="smoothing of the target")
     flag("--change-threshold", type=number(float, least=0), default=RankController.change_threshold,
@@ -1742,8 +1813,10 @@ def check_flags(args):
         raise UserError(f"--d-model {args.d_model} is not a multiple of --n-heads {args.n_heads}")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if args.warmup_steps >= args.epochs * args.steps_per_epoch:
+    if (args.warmup_steps or 0) >= args.epochs * args.steps_per_epoch:
         raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the run")
+    if args.telemetry and args.compile:
+        raise UserError("--telemetry and --compile exclude each other")
     parts = process_count() * (args.grad_accum or 1)
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly into {parts} parts "
@@ -1765,6 +1838,7 @@ def check_ranks(ranks, source, args):
 def read_request(args, variant, command, locks):
     """Find whatever is wrong with what the flags ask for before any long work, and lock its files in the ExitStack
     `locks` -> Request, or None if the run is finished already."""
+    variant.complete(args)
     check_flags(args)
     device = pick_device(args.device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)

@@ -1,0 +1,267 @@
+"""v11: controlled steps of W = U V, tied heads, shared layers, self-guided training."""
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import v7_transformer_dense_baseline as v7
+import v10_transformer_lowrank_scaled as v10
+import v11_transformer_lowrank_selfguided as selfguided
+import v11_transformer_lowrank_spectron as v11
+from conftest import records, untimed
+from test_spectra import factors, relative
+
+SHAPES = [(30, 40), (40, 30), (30, 40), (12, 12), (50, 10)]
+
+
+def matrices(seed=0, shapes=SHAPES, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=dtype) for shape in shapes]
+
+
+def parameters(values):
+    return [torch.nn.Parameter(value.clone()) for value in values]
+
+
+def norm(matrix):
+    return torch.linalg.matrix_norm(matrix, 2)
+
+
+def give(parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+
+
+# ---- Newton-Schulz, power iteration, Muon ----------------------------------------------------------------------------
+
+def test_orthogonalise_gives_each_direction_nearly_the_same_size_and_keeps_the_directions():
+    for M, O in zip(matrices(), v11.orthogonalise(matrices()), strict=True):
+        P, S, Qt = torch.linalg.svd(M, full_matrices=False)
+        inner = P.T @ O @ Qt.T
+        a, b, c = 3.4445, -4.7750, 2.0315
+        s = S / M.norm()
+        for _ in range(5):
+            s = a * s + b * s**3 + c * s**5
+        assert torch.allclose(inner, torch.diag(s), atol=1e-9)
+        assert s.max() < 1.21
+    assert not v11.orthogonalise([torch.zeros(3, 4)])[0].any()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_is_torchs_muon_step_for_step(monkeypatch, nesterov, decay):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's would round to it
+    ours, theirs = parameters(matrices()), parameters(matrices())
+    settings = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": decay}
+    one, other = v11.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(1, 8):
+        for some, optimizer in ((ours, one), (theirs, other)):
+            give(some, matrices(step))
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative(a, b) < 1e-12
+
+
+def test_power_iteration_approaches_the_largest_singular_value_from_below():
+    g = torch.Generator().manual_seed(1)
+    vectors = [torch.randn(len(M), generator=g, dtype=torch.float64) for M in matrices()]
+    for steps, tolerance in ((1, 0.6), (20, 0.05), (2000, 1e-9)):
+        norms, found = v11.power_iteration(matrices(), vectors, steps)
+        for M, sigma, x in zip(matrices(), norms, found, strict=True):
+            assert (1 - tolerance) * norm(M) <= sigma <= norm(M) * (1 + 1e-12)
+            assert x.norm() == pytest.approx(1)
+
+
+# ---- Spectron --------------------------------------------------------------------------------------------------------
+
+def pair_steps(kind, eta, steps=20, exact=False, unbalanced=1.0, **settings):
+    """Steps of one pair under random gradients of W -> (||dW||_2 / eta of each, the optimizer, the pair)."""
+    U, V = factors(40, 30, 8, unbalanced=False)
+    U, V = parameters([U * unbalanced, V / unbalanced])
+    optimizer = kind([U, V], lr=eta, **settings)
+    g, changes = torch.Generator().manual_seed(3), []
+    for _ in range(steps):
+        G, before = torch.randn(40, 30, generator=g, dtype=torch.float64), (U @ V).detach()
+        give([U, V], [G @ V.detach().T, U.detach().T @ G])
+        if exact:
+            P, Q = (torch.linalg.svd(factor.detach(), full_matrices=False) for factor in (U, V))
+            optimizer.state[U]["vector"], optimizer.state[V]["vector"] = P.U[:, 0], Q.Vh[0]
+        optimizer.step()
+        changes.append((norm(U @ V - before) / eta).item())
+    return changes, optimizer, (U, V)
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.07, 0.1])
+@pytest.mark.parametrize("unbalanced", [1.0, 4.0])
+def test_with_exact_norms_the_step_of_w_stays_below_eta_but_for_newton_schulzs_overshoot(eta, unbalanced):
+    assert max(pair_steps(v11.Spectron, eta, exact=True, unbalanced=unbalanced)[0]) < 1.21
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.07, 0.1])
+def test_with_an_exact_orthogonalisation_too_it_stays_below_eta(monkeypatch, eta):
+    def exactly(matrices, dtype=None):
+        return [P @ Qt for P, _, Qt in (torch.linalg.svd(M, full_matrices=False) for M in matrices)]
+    monkeypatch.setattr(v11, "orthogonalise", exactly)
+    changes = pair_steps(v11.Spectron, eta, exact=True)[0]
+    assert max(changes) <= 1
+    assert max(changes) > 0.5, "the bound is not idle"
+
+
+def test_the_warm_started_norms_cost_the_bound_less_than_two_percent():
+    for eta in (0.07, 0.1):
+        warm, exact = (pair_steps(v11.Spectron, eta, steps=100, exact=exact)[0] for exact in (False, True))
+        assert max(warm) < 1.02 * max(exact)
+
+
+def test_without_renormalisation_unbalanced_factors_take_larger_steps_of_w():
+    assert max(pair_steps(v11.FactorMuon, 0.07, unbalanced=4.0)[0]) > 2
+
+
+def test_the_scales_are_those_of_the_norms_before_the_step():
+    U, V = parameters(factors(40, 30, 8))
+    optimizer = v11.Spectron([U, V], lr=1.0)
+    s_u, s_v = optimizer.scales([U, V])
+    assert s_u == s_v
+    assert s_u.item() == pytest.approx(1 / (norm(U) + norm(V) + 1).item(), rel=1e-3)
+
+
+def test_permuted_or_flipped_directions_permute_and_flip_the_step_and_no_more():
+    order, signs = torch.randperm(8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, -1.0] * 4)
+    G = matrices(2, [(40, 30)])[0]
+    results = []
+    for changed in (False, True):
+        U, V = factors(40, 30, 8)
+        if changed:
+            U, V = U[:, order] * signs, V[order] * signs[:, None]
+        U, V = parameters([U, V])
+        optimizer = v11.Spectron([U, V], lr=0.07)
+        for _ in range(3):
+            give([U, V], [G @ V.detach().T, U.detach().T @ G])
+            optimizer.step()
+        results.append((U.detach(), V.detach()))
+    (U, V), (U_, V_) = results
+    assert relative(U_, U[:, order] * signs) < 1e-9
+    assert relative(V_, V[order] * signs[:, None]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [v11.FactorMuon, v11.Spectron])
+def test_momentum_through_a_lossy_shrink_is_that_of_the_same_history_fed_to_the_new_factors(kind):
+    U, V = factors(30, 40, 12)
+    history = [matrices(seed, [(30, 40)])[0] for seed in range(7)]
+
+    def fed(U, V):
+        layer = v10.LowRankLinearAdaptiveSpectral(40, 30, 1).double()
+        layer.set_factors(U, V)
+        optimizer = kind([layer.U, layer.V], lr=0.0)
+        for G in history:
+            layer.U.grad, layer.V.grad = G @ layer.V.detach().T, layer.U.detach().T @ G
+            optimizer.step()
+        return layer, optimizer
+
+    layer, optimizer = fed(U, V)
+    vectors = [state["vector"].clone() for state in optimizer.state.values() if "vector" in state]
+    new_U, new_V, *maps = v10.resize_factors(U, V, 7, torch.Generator())
+    layer.set_factors(new_U, new_V)
+    v10.transport_moments(optimizer, layer, *maps)
+    fresh, reference = fed(new_U, new_V)
+    for ours, theirs in ((layer.U, fresh.U), (layer.V, fresh.V)):
+        assert relative(optimizer.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"]) < 1e-12
+    assert all(torch.equal(state["vector"], vector) for state, vector in zip(
+        [optimizer.state[layer.U], optimizer.state[layer.V]], vectors, strict=False))
+    layer.U.grad, layer.V.grad = torch.ones_like(layer.U), torch.ones_like(layer.V)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("decay_on", ["factors", "product"])
+def test_decay_falls_on_the_factors_or_is_the_gradient_of_half_the_squared_norm_of_the_product(decay_on):
+    U, V = parameters(factors(40, 30, 8))
+    before = [U.detach().clone().requires_grad_(), V.detach().clone().requires_grad_()]
+    give([U, V], [torch.zeros_like(U), torch.zeros_like(V)])
+    v11.Spectron([U, V], lr=0.1, weight_decay=0.5, decay_on=decay_on).step()
+    ((before[0] @ before[1]).square().sum() / 2).backward()
+    for factor, old in zip((U, V), before, strict=True):
+        expected = 0.95 * old if decay_on == "factors" else old - 0.05 * old.grad
+        assert relative(factor, expected) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", ["spectron", "muon", "adamw"])
+@pytest.mark.parametrize("flags", [{}, {"tie_embeddings": True}, {"share_layers": True}])
+def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
+    args = Namespace(optimizer=optimizer, eta=0.07, lr=0.01, weight_decay=0.0, momentum=0.95, nesterov=True,
+                     factor_decay=0.0, decay_on="product")
+    for variant in (v7.Dense(), v11.LowRankSpectron(), selfguided.SelfGuided()):
+        if optimizer == "spectron" and isinstance(variant, v7.Dense):
+            continue
+        model = v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16, **flags), lambda n, m, v=variant: v.linear(n, m, 6))
+        groups = v10.parameter_groups(variant.make_optimizers(model, args))
+        covered = [parameter for group in groups for parameter in group["params"]]
+        assert len(covered) == len(set(covered))
+        assert set(covered) == set(model.parameters())
+
+
+# ---- Spectral initialisation, tied heads, shared layers --------------------------------------------------------------
+
+def test_factors_start_as_the_balanced_best_approximation_of_a_dense_layers_start():
+    for rank in (5, 24):
+        torch.manual_seed(0)
+        v10.LowRankLinearAdaptiveSpectral(24, 40, rank)
+        W = torch.nn.Linear(24, 40, bias=False).weight.detach()
+        torch.manual_seed(0)
+        layer = v11.LowRankSpectron().linear(24, 40, rank)
+        P, S, Qt = torch.linalg.svd(W)
+        assert relative(layer.U.detach() @ layer.V.detach(), (P[:, :rank] * S[:rank]) @ Qt[:rank]) < 1e-5
+        assert torch.allclose(layer.U.T @ layer.U, torch.diag(S[:rank]), atol=1e-5)
+        assert torch.allclose(layer.V @ layer.V.T, torch.diag(S[:rank]), atol=1e-5)
+
+
+def model(linear=v10.DenseLinear, **flags):
+    torch.manual_seed(0)
+    return v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16, **flags), linear)
+
+
+def test_a_tied_model_starts_with_the_inputs_of_an_untied_one_and_counts_its_matrix_once():
+    tied, untied = model(tie_embeddings=True), model()
+    tokens = torch.arange(16)[None]
+    assert torch.allclose(tied.features(tokens), untied.features(tokens), atol=1e-6)
+    assert v10.count_parameters(untied) - v10.count_parameters(tied) == 31 * 24
+    assert tied.head.weight.var().item() == pytest.approx(1 / 24, rel=0.2)
+
+
+def gradients(model, tokens):
+    """The gradients of the loss, of each name, also of those that share a parameter."""
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def untangled(model):
+    """The same function, every use with a parameter of its own."""
+    config = v10.GPTConfig(**vars(model.config) | {"share_layers": False})
+    apart = v10.GPT(config, v10.DenseLinear).double()
+    apart.load_state_dict(model.state_dict())
+    apart.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    return apart
+
+
+def test_tied_and_shared_weights_have_one_gradient_the_sum_of_all_uses():
+    joined = model(tie_embeddings=True, share_layers=True).double()
+    assert len(joined.linears()) == 6
+    apart, tokens = untangled(joined), torch.randint(31, (3, 17), generator=torch.Generator().manual_seed(0))
+    ours, theirs = gradients(joined, tokens), gradients(apart, tokens)
+    assert relative(ours["head.weight"], theirs["head.weight"] + theirs["token_embedding.weight"]) < 1e-12
+    assert ours["head.weight"] is ours["token_embedding.weight"]
+    for kind in ("q", "k", "v", "o", "up", "down"):
+        assert relative(ours[f"blocks.0.{kind}.weight"],
+                        theirs[f"blocks.0.{kind}.weight"] + theirs[f"blocks.1.{kind}.weight"]) < 1e-12
+    assert relative(ours["blocks.1.norm_1.weight"], theirs["blocks.1.norm_1.weight"]) < 1e-12
+    assert v10.count_parameters(model()) - v10.count_parameters(joined) == 31 * 24 + 4 * 24 * 24 + 2 * 24 * 40
+
+
+def test_tied_and_shared_weights_are_saved_once(tmp_path):
+    sizes = {}
+    for flags in ({}, {"tie_embeddings": True, "share_layers": True}):
+        made = model(**flags)
+        v10.save(tmp_path / "m.pt", {"format": v10.FORMAT, "model": made.state_dict()})
+        sizes[v10.count_parameters(made)] = (tmp_path / "m.pt").stat().st_size
+    (many, large), (few, small) = sizes.items()
+    assert large - small == pytest.approx(4 * (many - few), abs=2000)

@@ -1,0 +1,89 @@
+"""Self-guided training, Spectron's rival: v11 whose layers begin beside a dense guide that fades out.
+
+A layer computes alpha G x + (1 - alpha) U V x. alpha falls from 1 to 0 along half a cosine over the first half of the
+steps; then the guide G goes, and what is left is a model of low rank (Wei et al., 2024, arXiv 2406.16450). As in
+Spectron's comparison with it, every linear layer has a guide, G starts as a dense layer does, U V as its best
+approximation, and a step uses a layer's guide only with probability alpha, else U V x as it is; evaluation always mixes.
+
+    python3 v11_transformer_lowrank_selfguided.py                  v11's flags; AdamW on all parameters by default
+"""
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
+import v11_transformer_lowrank_spectron as v11  # noqa: E402
+
+
+class SelfGuidedLinear(v10.LowRankLinearAdaptiveSpectral):
+    """x (..., n) -> alpha x G^T + (1 - alpha) x V^T U^T (..., m); without a guide x V^T U^T."""
+
+    uses_guide = True  # in the next step
+
+    def __init__(self, in_features, out_features, rank):
+        super().__init__(in_features, out_features, rank)
+        dense = v10.DenseLinear(in_features, out_features)
+        v11.set_spectral(self, dense)
+        self.guide = nn.Linear(in_features, out_features, bias=False)
+        self.guide.weight = dense.weight
+        self.guide.register_buffer("alpha", torch.ones(()))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.guide is None:
+            return y
+        if self.training and not self.uses_guide:
+            return y + 0 * self.guide.weight[0, 0]  # its gradient is zero: several processes wait for each one's
+        return self.guide.alpha * self.guide(x) + (1 - self.guide.alpha) * y
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}guide.weight" not in state_dict:  # a checkpoint from after its end
+            self.guide = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SelfGuided(v11.LowRankSpectron):
+    name = "v11_transformer_lowrank_selfguided.py"
+    log_file = "logs/v11_selfguided.jsonl"
+    description = "Trains a GPT of low rank beside a dense guide that fades out."
+    defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw"}
+
+    def linear(self, n, m, rank):
+        return SelfGuidedLinear(n, m, rank)
+
+    def make_optimizers(self, model, args):
+        """The guides have an optimizer of their own, the last one, which goes with them."""
+        guides = [layer.guide.weight for layer in model.linears().values() if layer.guide is not None]
+        optimizers = v11.make_optimizers(model, args, without=set(guides))
+        return [*optimizers, v10.make_adamw(guides, args)] if guides else optimizers
+
+    def before_step(self, run, step):
+        """alpha, and which layers use their guide: the same in every process, and after a resume."""
+        done = min(1, (step - 1) / (run.total_steps / 2))
+        alpha = 0.5 * (1 + math.cos(math.pi * done))
+        draws = torch.rand(len(run.layers), generator=torch.Generator().manual_seed(1_000_003 * run.args.seed + step))
+        for layer, draw in zip(run.layers, draws.tolist(), strict=True):
+            layer.uses_guide = draw < alpha
+            if layer.guide is not None:
+                layer.guide.alpha.fill_(alpha)
+
+    def update_ranks(self, run):
+        """As v10's; the first one in the second half of the run removes the guides."""
+        if run.layers[0].guide is not None and run.layers[0].guide.alpha == 0:
+            for layer in run.layers:
+                layer.guide = None
+            run.optimizers.pop()
+        return super().update_ranks(run)
+
+
+def main(argv=None):
+    return v10.main(argv, SelfGuided())
+
+
+if __name__ == "__main__":
+    v10.leave(main())

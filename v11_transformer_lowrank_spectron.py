@@ -1,0 +1,243 @@
+"""v11: low rank from scratch, with the steps of W = U V under control.
+
+v10's model with three changes, after "Stabilizing Native Low-Rank LLM Pretraining" (Spectron, arXiv 2602.12429):
+
+1. Spectron steps the factors. The momentum of each is orthogonalised, which gives all its directions the same step,
+   and the steps of a pair are scaled by its spectral norms, which bounds the step of their product:
+
+       U -= rho O_U,  V -= rho O_V,  rho = eta / (||U|| + ||V|| + 1)   =>   ||dW|| <= eta   (2-norms)
+
+2. The factors start as the best approximation of a dense layer's own start, evenly split (spectral initialisation).
+3. The head is the token embedding's matrix (a tied head). `--no-tie-embeddings` keeps them apart.
+
+    python3 v11_transformer_lowrank_spectron.py                      rank 64 in all layers, at the report's size
+    python3 v11_transformer_lowrank_spectron.py --optimizer muon     without the renormalisation by norms
+    python3 v11_transformer_lowrank_spectron.py --optimizer adamw    AdamW on all parameters, as in v10
+    python3 v11_transformer_lowrank_spectron.py --share-layers       one block's linear layers for all blocks
+    python3 v11_transformer_lowrank_spectron.py --no-fixed-rank      with v10's controller
+
+All other parameters (embeddings, norms, the head's bias) are AdamW's. Both optimizers keep first moments of the factors
+only, which v10's transport carries through a resize exactly. What the bound leaves out: Newton-Schulz orthogonalises
+roughly (singular values of 0.68 to 1.20), so ||dW|| stays below 1.21 eta for eta up to 0.1 if the norms are exact, and
+the norms come from one step of power iteration, which under-states them.
+
+Shapes: U (m, r), V (r, n), W = U V (m, n).
+"""
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
+
+# ---- Matrices of one shape, all at once ------------------------------------------------------------------------------
+
+def by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    """The indices of the matrices, those of one shape together."""
+    groups = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        groups[matrix.shape].append(i)
+    return [*groups.values()]
+
+
+def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = 5) -> list[Tensor]:
+    """For each M = P S Q^T of any shape (m, n) roughly P Q^T: its singular values become 0.68 to 1.20.
+
+    Newton-Schulz iteration with Keller Jordan's coefficients (Muon, 2024), whose products run in `dtype`, by default in
+    the matrices' own. Singular values below a few thousandths of the norm stay smaller. A matrix of zeros stays one.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide, results = [M if M.shape[0] <= M.shape[1] else M.mT for M in matrices], [None] * len(matrices)
+    for indices in by_shape(wide):
+        X = torch.stack([wide[i] for i in indices])  # (k, m, n), m <= n
+        X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+        for _ in range(steps):
+            A = X @ X.mT  # (k, m, m)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+        for i, O in zip(indices, X, strict=True):
+            results[i] = (O if wide[i] is matrices[i] else O.mT).to(matrices[i].dtype)
+    return results
+
+
+def power_iteration(matrices: list[Tensor], vectors: list[Tensor], steps: int = 1) -> tuple[list, list]:
+    """-> (estimates of ||M||_2, from below, as tensors of one number; the vectors for the next call), for each M (m, n)
+    and x (m,), which after enough steps is its first left singular vector."""
+    norms, found = [None] * len(matrices), [None] * len(matrices)
+    for indices in by_shape(matrices):
+        M, x = torch.stack([matrices[i] for i in indices]), torch.stack([vectors[i] for i in indices])[..., None]
+        for _ in range(steps):
+            x = M @ F.normalize(M.mT @ x, dim=1)  # (k, m, 1)
+            norm = x.norm(dim=1)
+            x = F.normalize(x, dim=1)
+        for i, sigma, vector in zip(indices, norm[:, 0], x[..., 0], strict=True):
+            norms[i], found[i] = sigma, vector
+    return norms, found
+
+
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """W -= lr s O: the momentum of a matrix W (m, n), orthogonalised, with s = sqrt(max(1, m / n)) (Keller Jordan, 2024).
+
+    It computes what torch.optim.Muon does, for all matrices of one shape at once. `weight_decay` is decoupled: W
+    shrinks by lr weight_decay W per step. `dtype` is that of the products of Newton-Schulz, by default W's own.
+    """
+
+    moments = {"momentum_buffer": 1}
+
+    def __init__(self, matrices, lr, momentum=0.95, nesterov=True, weight_decay=0.0, dtype=None):
+        super().__init__(list(matrices), {"lr": lr, "momentum": momentum, "nesterov": nesterov,
+                                          "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, momentum = group["params"], group["momentum"]
+            for W in matrices:
+                self.state[W].setdefault("momentum_buffer", torch.zeros_like(W)).lerp_(W.grad, 1 - momentum)
+            buffers = [self.state[W]["momentum_buffer"] for W in matrices]
+            directions = orthogonalise([W.grad.lerp(buffer, momentum) for W, buffer in zip(
+                matrices, buffers, strict=True)] if group["nesterov"] else buffers, self.dtype)
+            scales = self.scales(matrices)
+            self.decay(matrices, group["lr"] * group["weight_decay"])
+            for W, O, scale in zip(matrices, directions, scales, strict=True):
+                W.sub_(O * (group["lr"] * scale))
+
+    def scales(self, matrices):
+        """s for each matrix."""
+        return [max(1, W.shape[0] / W.shape[1]) ** 0.5 for W in matrices]
+
+    def decay(self, matrices, rate):
+        """Shrink the matrices, if the rate is not zero."""
+        for W in matrices if rate else ():
+            W.mul_(1 - rate)
+
+
+class FactorMuon(Muon):
+    """Muon on pairs of factors, U_1, V_1, U_2, V_2, ..., with s = 1: Spectron without its renormalisation.
+
+    The decay falls on each factor, or on the product: U -= rate U V V^T and V -= rate U^T U V are the gradients of
+    ||U V||_F^2 / 2, where decay of the factors amounts to a nuclear norm (Khodak et al., 2021).
+    """
+
+    def __init__(self, matrices, lr, decay_on="product", **settings):
+        super().__init__(matrices, lr, **settings)
+        self.decay_on = decay_on
+
+    def scales(self, matrices):
+        return [1.0] * len(matrices)
+
+    def decay(self, matrices, rate):
+        if self.decay_on == "factors":
+            super().decay(matrices, rate)
+            return
+        for U, V in zip(matrices[::2], matrices[1::2], strict=True) if rate else ():
+            G_u, G_v = U.mT @ U, V @ V.mT  # (R, R)
+            U.sub_(U @ G_v, alpha=rate)
+            V.sub_(G_u @ V, alpha=rate)
+
+
+class Spectron(FactorMuon):
+    """Muon on pairs of factors with s = 1 / (||U|| + ||V|| + 1), which keeps the step of each product below lr
+    (Spectron, Algorithms 1 to 3).
+
+    The norms are of the factors before the step, by one step of power iteration, by twenty at the first. Its vectors
+    lie on the sides of m and n, which a resize leaves as they are.
+    """
+
+    def scales(self, matrices):
+        tall = [factor if i % 2 == 0 else factor.mT for i, factor in enumerate(matrices)]  # U (m, r) and V^T (n, r)
+        known = all("vector" in self.state[factor] for factor in matrices)
+        if not known:
+            generator = torch.Generator().manual_seed(0)
+            for factor, side in zip(matrices, tall, strict=True):
+                self.state[factor]["vector"] = torch.randn(len(side), generator=generator).to(factor)
+        norms, vectors = power_iteration(tall, [self.state[factor]["vector"] for factor in matrices],
+                                         steps=1 if known else 20)
+        for factor, vector in zip(matrices, vectors, strict=True):
+            self.state[factor]["vector"] = vector
+        scales = [1 / (u + v + 1) for u, v in zip(norms[::2], norms[1::2], strict=True)]
+        return [scale for scale in scales for _ in "UV"]
+
+
+def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = frozenset()) -> list:
+    """[AdamW], or [AdamW for the rest, the optimizer of --optimizer for the weights of the linear layers]; parameters
+    of the set `without` get none."""
+    layers = model.linears().values()
+    pairs = [factor for layer in layers if layer.rank is not None for factor in (layer.U, layer.V)]
+    matrices = pairs or [layer.weight for layer in layers]
+    controlled = set() if args.optimizer == "adamw" else set(matrices)
+    optimizers = [v10.make_adamw([p for p in model.parameters() if p not in controlled | without], args)]
+    settings = {"lr": args.eta, "momentum": args.momentum, "nesterov": args.nesterov, "weight_decay": args.factor_decay,
+                "dtype": torch.bfloat16 if model.low_precision else None}
+    if controlled and pairs:
+        kind = {"muon": FactorMuon, "spectron": Spectron}[args.optimizer]
+        optimizers.append(kind(matrices, decay_on=args.decay_on, **settings))
+    elif controlled:
+        optimizers.append(Muon(matrices, **settings))
+    return optimizers
+
+
+# ---- The variant -----------------------------------------------------------------------------------------------------
+
+ETA = {"spectron": 0.07, "muon": 0.02, "adamw": None}
+
+
+def add_optimizer_flags(parser, choices, default):
+    """The flags of make_optimizers, for models whose linear layers are factored, or dense."""
+    flag = parser.add_argument_group("steps of the linear layers").add_argument
+    flag("--optimizer", choices=choices, default=default,
+         help="of the linear layers' weights; all others are AdamW's, with --lr and --weight-decay")
+    flag("--eta", type=v10.POSITIVE, help="rate of spectron (by default 0.07) or muon (0.02); follows the same schedule")
+    flag("--momentum", type=v10.FRACTION, default=0.95, help="of spectron and muon")
+    flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
+         help="orthogonalise the mean of momentum and gradient instead of the momentum")
+    flag("--factor-decay", type=v10.number(float, least=0), default=0.0, help="weight decay of spectron and muon")
+
+
+class LowRankSpectron(v10.Variant):
+    name = "v11_transformer_lowrank_spectron.py"
+    log_file = "logs/v11.jsonl"
+    description = "Trains a GPT of low rank with controlled steps."
+    defaults = {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": None, "dropout": 0.1, "tie_embeddings": True,
+                "fixed_rank": True, "optimizer_on_resize": "transport"}
+
+    def add_flags(self, parser):
+        super().add_flags(parser)
+        add_optimizer_flags(parser, ("spectron", "muon", "adamw"), "spectron")
+        parser.add_argument("--decay-on", choices=("factors", "product"), default="product",
+                            help="what --factor-decay shrinks")
+
+    def complete(self, args):
+        args.eta = args.eta or ETA[args.optimizer]
+
+    def linear(self, n, m, rank):
+        layer = super().linear(n, m, rank)
+        set_spectral(layer, v10.DenseLinear(n, m))
+        return layer
+
+    def make_optimizers(self, model, args):
+        return make_optimizers(model, args)
+
+
+def set_spectral(layer, dense):
+    """Make U V the best approximation of a dense layer's W at the layer's rank, its singular values evenly split
+    (spectral initialisation: Khodak et al., 2021, and Spectron's code)."""
+    P, S, Qt = v10.product_svd(*dense.factors())
+    k = layer.rank
+    layer.set_factors(P[:, :k] * S[:k].sqrt(), S[:k].sqrt()[:, None] * Qt[:k])
+
+
+def main(argv=None):
+    return v10.main(argv, LowRankSpectron())
+
+
+if __name__ == "__main__":
+    v10.leave(main())

@@ -83,9 +83,9 @@ LATER = {  # after the speed has been measured
     "long": "v10 {size} --epochs {three_times_the_epochs}",
 }
 
-# v11's comparison. Each arm has the same five tries on seed 0; its best one is then run on UNSEEN seeds. {NAME.best} are
-# the flags of the best try of the arm NAME; {equal_flop.NAME} the epochs in which the arm NAME does as much arithmetic
-# in its products as the dense tied model in those of the size.
+# v11's comparison. Each arm has the same five tries on seed 0; its best one, by the last loss, is then run on UNSEEN
+# seeds. {NAME.best} are the flags of the best try of the arm NAME; {equal_flop.NAME} the epochs in which its products
+# cost as much as the dense model's in the epochs of the size.
 STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE}"
 ARMS = {
     "dense_adamw": f"v7 {STEPS}", "dense_adamw_tied": f"v7 {STEPS} --tie-embeddings",

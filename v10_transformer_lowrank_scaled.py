@@ -205,7 +205,7 @@ class DenseLinear(nn.Linear):
     def factors(self):
         """W as a product of two matrices of full rank, I W or W I, so that the spectra above apply to it."""
         W = self.weight.detach().cpu()
-        identity = torch.eye(min(W.shape))
+        identity = torch.eye(min(W.shape), dtype=W.dtype)
         return (identity, W) if W.shape[0] <= W.shape[1] else (W, identity)
 
 
@@ -303,6 +303,12 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
 
 
+def in_order(layers):
+    """A `linear` that gives the layers of a dict, one after another, instead of new ones."""
+    left = iter(layers.values())
+    return lambda n, m: next(left)
+
+
 class GPT(nn.Module):
     """Tokens (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross entropy, a scalar.
 
@@ -323,8 +329,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, linear)])
         for _ in range(1, config.n_layers):
-            shared = iter(self.linears().values())
-            self.blocks.append(Block(config, (lambda n, m: next(shared)) if config.share_layers else linear))
+            self.blocks.append(Block(config, in_order(self.linears()) if config.share_layers else linear))
         if config.tie_embeddings:
             self.token_embedding.weight.data /= math.sqrt(config.d_model)
             self.head.weight = self.token_embedding.weight
@@ -692,8 +697,8 @@ def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
 
 
 def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
-    """What a step on the inputs x (B, T) has done to each linear layer (Spectron's figures 2 and 3); `before` are copies
-    of the layers from before it.
+    """What a step on the inputs x (B, T), taken in `parts`, has done to each linear layer (Spectron, figures 2 and 3);
+    `before` are copies of the layers from before it.
 
     -> {"update_norms": ||dW||_2, "weight_norms": ||W||_2 after it, "output_changes": RMS of h dW^T over outputs and
     tokens, where h is what the layer reads of x once the step is taken, without dropout}: lists, one number per layer.
@@ -702,8 +707,9 @@ def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
 
     def measure(i):
         def hook(layer, inputs):
+            h = inputs[0].to(next(layer.parameters()).dtype)
             with torch.autocast(x.device.type, enabled=False):
-                change = layer.forward(inputs[0].float()) - before[i].forward(inputs[0].float())
+                change = layer.forward(h) - before[i].forward(h)
             squares[i] += torch.stack([change.square().sum(), change.new_tensor(change.numel())])
         return layers[i].register_forward_pre_hook(hook)
 

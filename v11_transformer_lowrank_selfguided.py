@@ -2,8 +2,8 @@
 
 A layer computes alpha G x + (1 - alpha) U V x. alpha falls from 1 to 0 along half a cosine over the first half of the
 steps; then the guide G goes, and what is left is a model of low rank (Wei et al., 2024, arXiv 2406.16450). As in
-Spectron's comparison with it, every linear layer has a guide, G starts as a dense layer does, U V as its best
-approximation, and a step uses a layer's guide only with probability alpha, else U V x as it is; evaluation always mixes.
+Spectron's comparison with it, every linear layer has a guide, G starts as a dense layer does, and U V as its best
+approximation. A step uses a layer's guide only with probability alpha, else U V x as it is; evaluation always mixes.
 
     python3 v11_transformer_lowrank_selfguided.py                  v11's flags; AdamW on all parameters by default
 """

@@ -60,8 +60,8 @@ def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, step
         for _ in range(steps):
             A = X @ X.mT  # (k, m, m)
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
-        for i, O in zip(indices, X, strict=True):
-            results[i] = (O if wide[i] is matrices[i] else O.mT).to(matrices[i].dtype)
+        for i, result in zip(indices, X, strict=True):
+            results[i] = (result if wide[i] is matrices[i] else result.mT).to(matrices[i].dtype)
     return results
 
 
@@ -83,7 +83,7 @@ def power_iteration(matrices: list[Tensor], vectors: list[Tensor], steps: int = 
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """W -= lr s O: the momentum of a matrix W (m, n), orthogonalised, with s = sqrt(max(1, m / n)) (Keller Jordan, 2024).
+    """W -= lr s O, where O is the orthogonalised momentum of a matrix W (m, n) and s = sqrt(max(1, m/n)) (Muon, 2024).
 
     It computes what torch.optim.Muon does, for all matrices of one shape at once. `weight_decay` is decoupled: W
     shrinks by lr weight_decay W per step. `dtype` is that of the products of Newton-Schulz, by default W's own.
@@ -107,8 +107,8 @@ class Muon(torch.optim.Optimizer):
                 matrices, buffers, strict=True)] if group["nesterov"] else buffers, self.dtype)
             scales = self.scales(matrices)
             self.decay(matrices, group["lr"] * group["weight_decay"])
-            for W, O, scale in zip(matrices, directions, scales, strict=True):
-                W.sub_(O * (group["lr"] * scale))
+            for W, direction, scale in zip(matrices, directions, scales, strict=True):
+                W.sub_(direction * (group["lr"] * scale))
 
     def scales(self, matrices):
         """s for each matrix."""
@@ -195,7 +195,7 @@ def add_optimizer_flags(parser, choices, default):
     flag = parser.add_argument_group("steps of the linear layers").add_argument
     flag("--optimizer", choices=choices, default=default,
          help="of the linear layers' weights; all others are AdamW's, with --lr and --weight-decay")
-    flag("--eta", type=v10.POSITIVE, help="rate of spectron (by default 0.07) or muon (0.02); follows the same schedule")
+    flag("--eta", type=v10.POSITIVE, help="rate of spectron, by default 0.07, or of muon, 0.02; it has --lr's schedule")
     flag("--momentum", type=v10.FRACTION, default=0.95, help="of spectron and muon")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
          help="orthogonalise the mean of momentum and gradient instead of the momentum")

@@ -1,15 +1,20 @@
 """v11: controlled steps of W = U V, tied heads, shared layers, self-guided training."""
+import copy
+import os
+import subprocess
 from argparse import Namespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+import plot_logs
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_selfguided as selfguided
 import v11_transformer_lowrank_spectron as v11
-from conftest import records, untimed
+from conftest import RANKS, ROOT, SMALL, records, untimed
+from test_parallel import TORCHRUN
+from test_safety import Killed, at_call, die
 from test_spectra import factors, relative
 
 SHAPES = [(30, 40), (40, 30), (30, 40), (12, 12), (50, 10)]
@@ -36,9 +41,9 @@ def give(parameters, gradients):
 # ---- Newton-Schulz, power iteration, Muon ----------------------------------------------------------------------------
 
 def test_orthogonalise_gives_each_direction_nearly_the_same_size_and_keeps_the_directions():
-    for M, O in zip(matrices(), v11.orthogonalise(matrices()), strict=True):
+    for M, result in zip(matrices(), v11.orthogonalise(matrices()), strict=True):
         P, S, Qt = torch.linalg.svd(M, full_matrices=False)
-        inner = P.T @ O @ Qt.T
+        inner = P.T @ result @ Qt.T
         a, b, c = 3.4445, -4.7750, 2.0315
         s = S / M.norm()
         for _ in range(5):
@@ -265,3 +270,104 @@ def test_tied_and_shared_weights_are_saved_once(tmp_path):
         sizes[v10.count_parameters(made)] = (tmp_path / "m.pt").stat().st_size
     (many, large), (few, small) = sizes.items()
     assert large - small == pytest.approx(4 * (many - few), abs=2000)
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+ADAPTIVE = ["--no-fixed-rank", "--rank-interval", 3, *RANKS]
+RUNS = {  # how: (main, flags)
+    "spectron": (v11.main, [*ADAPTIVE, "--factor-decay", 0.1]),
+    "spectron in bfloat16": (v11.main, [*ADAPTIVE, "--dtype", "bfloat16"]),
+    "muon, shared": (v11.main, [*ADAPTIVE, "--optimizer", "muon", "--share-layers", "--no-nesterov"]),
+    "adamw, untied": (v11.main, [*ADAPTIVE, "--optimizer", "adamw", "--no-tie-embeddings"]),
+    "dense, muon": (v7.main, ["--optimizer", "muon", "--tie-embeddings", "--dropout", 0.1]),
+    "self-guided": (selfguided.main, [*ADAPTIVE, "--optimizer", "spectron"])}
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(run, monkeypatch, how):
+    main, flags = RUNS[how]
+    settings = {"main": main, "ranks": []}
+    straight = run(*flags, "--checkpoint-minutes", 1e6, name="straight", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", at_call(14, v10.train_step, die))
+        with pytest.raises(Killed):
+            run(*flags, "--checkpoint-minutes", 1e-6, **settings)
+    log = run(*flags, "--checkpoint-minutes", 1e-6, "--resume", **settings)
+    assert records(log, "resume")[0]["step"] == 13
+    for kind in ("epoch", "ranks", "end"):
+        assert untimed(log, kind) == untimed(straight, kind)
+    assert len(records(log, "ranks")) > 0 or main is v7.main
+    last, end = v10.load(log.with_suffix(".pt")), records(log, "end")[0]
+    assert all(torch.equal(value, v10.load(straight.with_suffix(".pt"))["model"][name])
+               for name, value in last["model"].items())
+    model, vocabulary = v10.load_model(log.with_suffix(".pt"))  # v10's own reader
+    model.low_precision = "bfloat16" in how
+    corpus = v10.load_corpus(run.folder / "text.tokens", 0.1, 8)
+    assert v10.evaluate(model, corpus.val, 4) == pytest.approx(end["final_val_loss"], rel=1e-6)
+    assert v10.count_parameters(model) == records(log, "epoch")[-1]["params_millions"] * 1e6
+    assert plot_logs.main([str(log), "--out", str(run.folder / "figures")]) == 0
+
+
+@pytest.mark.parametrize("how", ["spectron", "muon, shared", "self-guided"])
+def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
+    main, flags = RUNS[how]
+    script = ROOT / (selfguided.SelfGuided.name if main is selfguided.main else v11.LowRankSpectron.name)
+    flags = [*flags, "--dropout", "0", "--telemetry"]
+    command = [*TORCHRUN, script, "--data-file", text, "--log-file", "two.jsonl", *SMALL, *map(str, flags)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = run(*flags, main=main, ranks=[])
+    for ours, theirs in zip(records(one, "epoch"), records(tmp_path / "two.jsonl", "epoch"), strict=True):
+        assert theirs["ranks"] == ours["ranks"]
+        assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-4)
+        assert theirs["output_changes"] == pytest.approx(ours["output_changes"], rel=0.05)
+
+
+def test_both_rates_follow_the_schedule_and_the_warm_up_takes_a_twentieth(run, monkeypatch):
+    seen, train_step = [], v10.train_step
+
+    def spy(model, optimizers, *rest):
+        seen.append([group["lr"] for group in v10.parameter_groups(optimizers)])
+        return train_step(model, optimizers, *rest)
+    monkeypatch.setattr(v10, "train_step", spy)
+    run("--epochs", 8, "--eta", 0.5, main=v11.main)
+    assert seen[0] == [0.005, 0.25]
+    assert seen[1] == [0.01, 0.5]
+    for lr, eta in seen:
+        assert eta == pytest.approx(50 * lr)
+    assert seen[-1][0] < 1e-4
+
+
+# ---- Telemetry -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("main", [v7.main, v10.main, v11.main])
+def test_telemetry_changes_no_number_of_the_run(run, main):
+    ranks = [] if main is v7.main else RANKS
+    plain, told = (run(*flags, "--dropout", 0.1, name=f"log{len(flags)}", main=main, ranks=ranks)
+                   for flags in ([], ["--telemetry"]))
+    named = {"update_norms", "weight_norms", "output_changes"}
+    for one, other in zip(untimed(plain), untimed(told), strict=True):
+        assert {name: value for name, value in other.items() if name not in named} == one
+        assert named <= other.keys()
+
+
+@pytest.mark.parametrize("linear", [v10.DenseLinear, lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, 6)])
+def test_telemetry_is_what_the_dense_products_say(linear):
+    ours, tokens = model(linear).double(), torch.randint(31, (4, 16), generator=torch.Generator().manual_seed(0))
+    layers = list(ours.linears().values())
+    before, old = copy.deepcopy(layers), v10.dense_weights(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, dtype=torch.float64)
+    inputs = {}
+    for name, layer in ours.linears().items():
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+    found, new = v10.telemetry(ours, before, tokens, parts=2), v10.dense_weights(ours)
+    ours.features(tokens)
+    for i, name in enumerate(new):
+        change = inputs[name] @ (new[name] - old[name]).T
+        assert found["update_norms"][i] == pytest.approx(norm(new[name] - old[name]).item(), rel=1e-9)
+        assert found["weight_norms"][i] == pytest.approx(norm(new[name]).item(), rel=1e-9)
+        assert found["output_changes"][i] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-4)

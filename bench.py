@@ -35,6 +35,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
+import v11_transformer_lowrank_spectron as v11  # noqa: E402
 
 LARGE = 2048  # side of the large matrix product
 
@@ -86,7 +87,8 @@ def low_rank(rank):
 
 
 def make_step(kind, args):
-    """-> a function that does one training step of `kind`: literal, v7, compiled, or v10 at a rank, as in v10@64."""
+    """-> a function that does one training step of `kind`: literal, v7, compiled, v10 at a rank, as in v10@64, or
+    spectron, which is v10 with v11's optimizer."""
     torch.manual_seed(0)
     device = v10.pick_device(args.device)
     linear = v10.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
@@ -98,9 +100,12 @@ def make_step(kind, args):
         parts = 1
         for block in model.blocks:
             block.__class__ = LiteralBlock
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)]
     else:
-        optimizer = v10.make_adamw(model.parameters(), argparse.Namespace(lr=3e-4, weight_decay=0.01))
+        variant = v11.LowRankSpectron() if kind == "spectron" else v10.Variant()
+        settings = v10.build_parser(variant).parse_args([])
+        variant.complete(settings)
+        optimizers = variant.make_optimizers(model, settings)
     if kind == "compiled":
         v10.compile_blocks(model)
     trained, generator = v10.parallel(model), torch.Generator().manual_seed(0)
@@ -109,7 +114,7 @@ def make_step(kind, args):
     def step():
         batch = v10.sample_batch(tokens, args.batch_size, args.block_size, generator)
         share = (whole.chunk(v10.process_count())[v10.process_index()] for whole in batch)
-        loss = v10.train_step(trained, [optimizer], *share, grad_accum=parts)
+        loss = v10.train_step(trained, optimizers, *share, grad_accum=parts)
         v10.now(device)  # waits for it
         return loss
     return step
@@ -191,7 +196,7 @@ def measure(args):
     entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices)}
     if device.type == "cpu":
         entries["two"] = lambda: elsewhere(full, args, 2)[0]
-    for kind in (half, quarter, "v7", "literal", *["compiled"] * args.compile):
+    for kind in (half, quarter, "v7", "literal", "spectron", *["compiled"] * args.compile):
         entries[kind] = functools.partial(seconds, make_step(kind, args))
     if args.dtype != "float32":
         entries["float32"] = functools.partial(seconds, make_step(full, with_dtype(args, "float32")))
@@ -233,6 +238,7 @@ def measure(args):
             "step time of v7 / v10": over_v10("v7"),
             f"step time of v10 at rank {args.rank // 2} / {args.rank}": over_v10(half),
             f"step time of v10 at rank {args.rank // 4} / {args.rank}": over_v10(quarter),
+            "step time of v10 with v11's optimizer / with AdamW": over_v10("spectron"),
             **({"step time of v10 in one process / in two": v10_over("two")} if "two" in entries else {}),
             **({"step time of v10 / with --compile": v10_over("compiled")} if args.compile else {}),
             "peak memory of v10 / the literal reading": memory[full] / memory["literal"],

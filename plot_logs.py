@@ -7,10 +7,10 @@
 Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of training, a table of costs and, for
 several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
 Writes all of it to DIR/index.html, one page to look at, and to DIR/tables.md; each table to DIR/*.csv and *.tex
-(booktabs); and the figures, as PNG and PDF: losses, and for each run NAME_ranks (rank against epoch), NAME_heatmap
-(layer by epoch) and NAME_final-ranks (block by projection). With --report the report's own numbers stand beside each
-run's, in tables and in NAME_report. A run without a causal mask is marked everywhere: it sees its targets. A log that
-cannot be read is named and left out.
+(booktabs); and the figures, as PNG and PDF: losses, telemetry if it was logged, and for each run NAME_ranks (rank
+against epoch), NAME_heatmap (layer by epoch) and NAME_final-ranks (block by projection). With --report the report's own
+numbers stand beside each run's, in tables and in NAME_report. A run without a causal mask is marked everywhere: it sees
+its targets. A log that cannot be read is named and left out.
 """
 import argparse
 import base64
@@ -25,7 +25,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 PROJECTIONS = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "FFN \N{UPWARDS ARROW}",
                "down": "FFN \N{DOWNWARDS ARROW}"}  # as the report shows them, in its order
@@ -117,6 +117,8 @@ class Run:
             return LEAK
         if not self.final_ranks:
             return "dense"
+        if self.settings.get("optimizer") in ("muon", "spectron"):
+            return "controlled"
         return "fixed" if self.settings.get("fixed_rank") else "adaptive"
 
     def total(self, name):
@@ -136,7 +138,9 @@ def not_finite(constant):
 
 NUMBERS = ("step", "steps_per_epoch", "rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions",
            "time_sec", "train_sec", "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb",
-           "parameters", "factor_parameters", "entropy_floor", "train_tokens", "val_tokens", "vocab_size")
+           "parameters", "factor_parameters", "entropy_floor", "train_tokens", "val_tokens", "vocab_size", "lr")
+TELEMETRY = {"update_norms": "The step: its spectral norm", "weight_norms": "The weights: their spectral norm",
+             "output_changes": "The outputs: RMS change"}  # by the last step of an epoch, for each layer
 TEXTS = ("attention", "data_file", "data_sha256", "device", "device_name", "dtype")
 
 
@@ -176,6 +180,9 @@ def check(record, run):
             isinstance(layer, dict) and isinstance(layer.get("shape"), list) and len(layer["shape"]) == 2
             and all(is_number(side, int) for side in layer["shape"]) for layer in layers):
         raise ValueError("layers should be a list of objects, each with a shape of two sides")
+    for name in TELEMETRY if kind == "epoch" else ():
+        if not isinstance(record.get(name, []), list) or not all(map(is_number, record.get(name, []))):
+            raise ValueError(f"{name} should be a list of numbers")
     if kind == "epoch" and record["epoch"] <= (run.epochs[-1]["epoch"] if run.epochs else 0):
         raise ValueError(f"epoch {record['epoch']} after epoch {run.epochs[-1]['epoch'] if run.epochs else 0}")
     return kind
@@ -612,7 +619,7 @@ def html_page(parts, pictures):
     for heading, below in sorted(sections, key=lambda section: section[0] != "Comparison"):
         tables = [part for part in below if isinstance(part, Table)]
         run = tables[0].name.rpartition("_")[0]  # "" for the comparison
-        mine = [name for name in left if name == "losses" or run and name.rpartition("_")[0] == run]
+        mine = [name for name in left if name in ("losses", "telemetry") or run and name.rpartition("_")[0] == run]
         lines += [f"<h1>{html.escape(heading)}</h1>", *(shown(part) for part in below if isinstance(part, str))]
         lines += [f'<img alt="{html.escape(name)}" src="data:image/png;base64,'
                   f'{base64.b64encode(left.pop(name)).decode()}">' for name in mine]
@@ -663,7 +670,8 @@ def curve(axes, at, seeds, color, **line):
     axes.fill_between(at, seeds.min(0), seeds.max(0), color=color, alpha=0.2, linewidth=0)
 
 
-COLORS = {"dense": "#0072B2", "fixed": "#CC79A7", "adaptive": "#009E73", LEAK: "#D55E00"}  # Okabe and Ito's
+COLORS = {"dense": "#0072B2", "fixed": "#CC79A7", "adaptive": "#009E73", "controlled": "#E69F00",
+          LEAK: "#D55E00"}  # Okabe and Ito's
 
 
 def shades(families: list[str]) -> list[tuple]:
@@ -760,6 +768,36 @@ def losses_figure(groups, x="epoch"):
         axes.legend(fontsize=9)
     else:
         label_ends(axes, ends)
+    return figure
+
+
+def telemetry(run, name):
+    """{epoch: the median over the layers of what its last step did to them}, without the end of a cosine, where the
+    rate has fallen below a hundredth of its highest."""
+    highest = max((epoch.get("lr") or 0 for epoch in run.epochs), default=0)
+    return {epoch["epoch"]: median(epoch[name]) for epoch in run.epochs
+            if epoch.get(name) and (epoch.get("lr") or highest) >= highest / 100}
+
+
+def telemetry_figure(groups):
+    """What --telemetry logs, over time: a line for each configuration, with a band over its seeds (Spectron, figures 2
+    and 3)."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    families = [group.first.family for group in groups]
+    for axes, (name, title) in zip(panels, TELEMETRY.items(), strict=True):
+        for i, (color, group) in enumerate(zip(shades(families), groups, strict=True)):
+            medians = [telemetry(run, name) for run in group.runs]
+            common = sorted(set.intersection(*map(set, medians)))
+            seeds = np.array([[of_run[epoch] for epoch in common] for of_run in medians])
+            if common:
+                curve(axes, common, seeds, color, label=f" {group.label()}", marker="o", markersize=3,
+                      linestyle=("-", "--", ":", "-.")[families[:i].count(families[i]) % 4])
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if name != "weight_norms":
+            axes.set_yscale("log")
+    panels[0].set_ylabel("median of the layers, at the last step of the epoch")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -863,6 +901,8 @@ def report_figure(run):
 def figures(runs, x="epoch", report=False):
     """Yields (file name without its ending, figure), one after the other."""
     yield "losses", losses_figure(grouped(runs), x)
+    if known := [group for group in grouped(runs) if all(epoch.get("update_norms") for epoch in group.first.epochs)]:
+        yield "telemetry", telemetry_figure(known)
     for run in runs:
         if report:
             yield f"{run.name}_report", report_figure(run)

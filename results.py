@@ -11,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
@@ -26,6 +26,12 @@ NAMES = {"dense": "dense", "fixed": "fixed at 64", "adaptive": "adaptive, as in 
          "retrained": "ranks found, trained afresh"}
 COUNTED = {"bigram": "pairs of words, counted", "unigram": "words, counted"}
 SETTINGS = {"": "the report's settings", "tuned_": "settings tuned on the dense model"}
+STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's comparison
+         **{f"rank{rank}_{how}": f"rank {rank}, {label}" for rank in (64, 16) for how, label in (
+             ("adamw", "AdamW"), ("muon", "Muon on the factors"), ("selfguided", "self-guided"),
+             ("spectron", "Spectron"), ("spectron_equal_flop", "Spectron, the dense model's FLOPs"))}}
+TRIES = {"rate0.5": "half the rate", "rate1": "the middle rate", "rate2": "twice the rate", "dropout": "dropout 0.2",
+         "decay": "decay"}
 
 
 class Study:
@@ -43,8 +49,8 @@ class Study:
             else:
                 records += [record for _, record in plot_logs.records(path)]
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
-        self.ngrams, self.speed = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
-                                   for kind in ("ngrams", "speed"))
+        self.ngrams, self.speed, self.costs = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
+                                               for kind in ("ngrams", "speed", "step_costs"))
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes = defaultdict(list)
         for record in records:
@@ -238,11 +244,98 @@ def official(study):
                                   "perplexity, best epoch"], rows)
 
 
+def tied(name):
+    """The runs of an arm of v11's comparison with a tied head, which low rank has by default."""
+    return name if name.startswith("rank") else f"{name}_tied"
+
+
+def untied(name):
+    return f"{name}_untied" if name.startswith("rank") else name
+
+
+def standard_error(values):
+    return stdev(values) / len(values) ** 0.5
+
+
+def plus_minus(values, form="+.3f"):
+    """The mean of several numbers and its standard error; a dash for fewer than two."""
+    return f"{fmean(values):{form}} \N{PLUS-MINUS SIGN} {standard_error(values):.3f}" if len(values) > 1 else DASH
+
+
+def parameters(run):
+    """All, in millions."""
+    return run.epochs[-1]["params_millions"]
+
+
+def steps(study):
+    """v11's comparison: how the linear layers are stepped, with a tied head and without."""
+    def loss(name):
+        return plus_minus(study.values(name, last_loss), ".3f") if name in study.groups else DASH
+
+    def beside(name, other):
+        return plus_minus(study.differences(name, other, last_loss)) if name != other else DASH
+    rows = []
+    for name, label in STEPS.items():
+        cost = study.costs.get("over_dense", {})
+        rows.append([label, study.cell(tied(name), linear_parameters, ".2f"),
+                     study.cell(tied(name), parameters, ".2f"), loss(untied(name)), loss(tied(name)),
+                     beside(tied(name), "dense_adamw_tied"), beside(tied(name), "dense_muon_tied"),
+                     Cell(study.mean(tied(name), epochs) / study.mean("dense_adamw", epochs), ".2f"),
+                     Cell(cost.get(tied(name.removesuffix("_equal_flop"))), ".2f")])
+    return Table("steps", "", [
+        f"n = {len(study.groups['dense_adamw'].runs)}", "M parameters in the linear layers", "in all, tied",
+        "last val loss, untied", "tied", f"tied {DASH} dense, AdamW", f"tied {DASH} dense, Muon", "steps (dense: 1)",
+        "time of a step (dense, AdamW, untied: 1)"], rows)
+
+
+def epochs(run):
+    return len(run.epochs)
+
+
+def tries(study):
+    """What each arm of v11's comparison was tuned on: seed 0."""
+    rows = []
+    arms = {name.removeprefix("try_").rpartition("_")[0] for name in study.groups if name.startswith("try_")}
+    for arm in sorted(sorted(arms), key=lambda arm: [*STEPS].index(arm.removesuffix("_tied"))):
+        losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
+        label = STEPS[arm.removesuffix("_tied")]
+        tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
+        rows.append([f"{label}, {tie}", *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
+    return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
+
+
+MEASURED = {"dense_adamw_tied": "dense, AdamW", "dense_muon_tied": "dense, Muon",
+            **{f"rank{rank}_{how}": STEPS[f"rank{rank}_{how}"] for rank in (64, 16)
+               for how in ("adamw", "muon", "spectron")}}  # with a tied head
+PARTS = {"1/8 of the run": 1 / 8, "1/2": 1 / 2, "7/8": 7 / 8}
+
+
+def measured(study, name, key, part):
+    """[for each seed: the median over the layers of what --telemetry logged at this part of the run]"""
+    return study.values(name, lambda run: median(run.epochs[max(round(part * len(run.epochs)) - 1, 0)][key]))
+
+
+def norms(study):
+    """Spectron's claims about the norms of steps and weights."""
+    rows = []
+    for name, label in MEASURED.items():
+        first = Cell(measured(study, f"first_{name}", "update_norms", 0) if f"first_{name}" in study.groups else None,
+                     ".4f")
+        rows.append([label, first, *(Cell(measured(study, name, "update_norms", part), ".4f")
+                                     for part in PARTS.values()),
+                     *(Cell(measured(study, name, "weight_norms", part), ".2f") for part in (0, 1)),
+                     Cell(measured(study, name, "output_changes", 1 / 2), ".4f")])
+    return Table("norms", "", ["medians over the layers", "norm of the step: the first, at the full rate", *PARTS,
+                               "norm of the weights: first epoch", "last", "RMS change of the outputs: 1/2"], rows)
+
+
 TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
-          "untrained": untrained, "choices": choices, "projections": projections, "official": official}
+          "untrained": untrained, "choices": choices, "projections": projections, "official": official,
+          "steps": steps, "tries": tries, "norms": norms}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
-          "untrained", "exact", "tuned_dense_equal_time",
+          "untrained", "exact", "tuned_dense_equal_time", *map(tied, STEPS), "dense_adamw", "dense_muon",
+          *(f"{first}_adamw" for first in ("first_rank64", "first_rank16")), "first_dense_adamw_tied",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 
 
@@ -360,7 +453,32 @@ def ranks_figure(study):
     return figure
 
 
-FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
+def telemetry_figure(study):
+    """What the steps do, for four ways to train: Spectron's figures 2 and 3."""
+    groups = [Group(label, study.groups[name].runs) for name, label in MEASURED.items()
+              if name in ("dense_adamw_tied", "rank64_adamw", "rank64_muon", "rank64_spectron")]
+    return plot_logs.telemetry_figure(groups)
+
+
+def steps_figure(study):
+    """Validation loss against all parameters, with a tied head."""
+    figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, label in STEPS.items():
+        if name.endswith("_equal_flop"):
+            continue
+        losses, at = study.values(tied(name), last_loss), study.mean(tied(name), linear_parameters)
+        color = plot_logs.COLORS[study.groups[tied(name)].first.family]
+        axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
+        axes.annotate(label, (at, fmean(losses)), (8, 0), textcoords="offset points", va="center", color=color)
+    axes.set(xscale="log", xlabel="million parameters in the linear layers",
+             ylabel="last validation loss (nats per token)", title="How the linear layers are stepped")
+    axes.annotate("mean of the seeds, and two standard errors", (1, 0), xycoords="axes fraction", xytext=(-4, 4),
+                  textcoords="offset points", ha="right", fontsize=8, color="#444444")
+    return figure
+
+
+FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure,
+           "steps": steps_figure, "telemetry": telemetry_figure}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

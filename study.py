@@ -13,6 +13,7 @@ The small size trains on the first 100,000 words of WikiText-2, in which words t
 <unk>: the output layer is then small enough for the linear layers, which are the subject, to count.
 """
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -34,10 +36,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import plot_logs  # noqa: E402
+import v7_transformer_dense_baseline as v7  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
+import v11_transformer_lowrank_selfguided as selfguided  # noqa: E402
+import v11_transformer_lowrank_spectron as v11  # noqa: E402
 
-SCRIPTS = {"v10": "v10_transformer_lowrank_scaled.py", "v7": "v7_transformer_dense_baseline.py",
-           "v11": "v11_transformer_lowrank_spectron.py", "selfguided": "v11_transformer_lowrank_selfguided.py"}
+VARIANTS = {"v10": v10.Variant, "v7": v7.Dense, "v11": v11.LowRankSpectron, "selfguided": selfguided.SelfGuided}
 SEEDS = (0, 1, 2)
 UNSEEN = (1, 2, 3, 4, 5)  # the seeds of v11's comparison, which is tuned on seed 0
 SIZES = {
@@ -125,6 +129,11 @@ PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fix
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
 
 
+def variant_of(command):
+    """The Variant whose script a command begins with."""
+    return VARIANTS[command.split()[0]]()
+
+
 def named(command):
     """What the placeholders of a command begin with: runs, `search`, `speed`, and plain values."""
     return [field.partition(".")[0] for _, field, _, _ in string.Formatter().parse(command) if field]
@@ -192,8 +201,12 @@ class Study:
         """The command line of a run, as a user would type it."""
         words = shlex.split(self.fill(COMMANDS[run.name], run.seed))
         given = [] if "--data-file" in words else ["--data-file", str(self.data())]
-        return [sys.executable, str(v10.HERE / SCRIPTS[words[0]]), *words[1:], *given, "--seed", str(run.seed),
+        return [sys.executable, str(v10.HERE / VARIANTS[words[0]].name), *words[1:], *given, "--seed", str(run.seed),
                 "--log-file", str(self.log(run.stem))]
+
+    def parse(self, command):
+        """The flags of a command that names no other run."""
+        return v10.build_parser(variant_of(command)).parse_args(shlex.split(self.fill(command, seed=0))[1:])
 
     def fill(self, command, seed):
         """A command with its placeholders filled in."""
@@ -398,50 +411,71 @@ def ngram_losses(train, val):
 
 # ---- The time of a step ----------------------------------------------------------------------------------------------
 
+def stepper(corpus, device, variant, args, ranks=None):
+    """-> (a function that takes a step of training as these flags ask and gives its seconds, the model)."""
+    variant.complete(args)
+    left = iter(ranks) if ranks else itertools.repeat(getattr(args, "init_rank", None))
+    config = v10.GPTConfig(len(corpus.vocabulary),
+                           *(getattr(args, setting.name) for setting in fields(v10.GPTConfig)[1:]))
+    model = v10.GPT(config, lambda n, m: variant.linear(n, m, next(left))).to(device)
+    dtype = v10.choose_dtype(device, args.d_model)[0] if args.dtype == "auto" else args.dtype
+    model.low_precision = dtype == "bfloat16"
+    optimizers, generator = variant.make_optimizers(model, args), torch.Generator().manual_seed(0)
+    train, parts = corpus.train.to(device), v10.default_grad_accum(args.batch_size, args.block_size, device)
+
+    def step():
+        batch = v10.sample_batch(train, args.batch_size, args.block_size, generator)
+        began = v10.now(device)
+        v10.train_step(model, optimizers, *batch, grad_accum=parts)
+        return v10.now(device) - began
+    return step, model
+
+
+def interleaved(steps, rounds):
+    """Each of {kind: a function that gives seconds} in turn, several rounds -> {kind: the median}."""
+    taken = {kind: [] for kind in steps}
+    for number in tqdm(range(rounds + 1), desc="speed", unit="round", disable=None):  # the first one warms up
+        for kind, step in steps.items():
+            seconds = step()
+            if number:
+                taken[kind].append(seconds)
+    return {kind: median(values) for kind, values in taken.items()}
+
+
 def measure_speed(study, rounds=9):
     """The step time of a run, on average over its epochs' ranks, over the dense model's: one step of each in turn."""
-    settings = study.records("dense_s0", "run")[0]
     ranks = {}  # those that the epochs of each run were trained with, of all or of eight
     for name in (name for name in RUNS if name in TIMED):
         (first,), epochs = (study.records(f"{name}_s0", kind) for kind in ("run", "epoch"))
         of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
         ranks[name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]
-    args = argparse.Namespace(**{"min_count": 1, **settings})
-    device = v10.pick_device(args.device)
-    corpus = v10.load_corpus(v10.find_data(str(study.data())), args.val_fraction, args.block_size,
-                             min_count=args.min_count)
-    train, generator = corpus.train.to(device), torch.Generator().manual_seed(0)
-
-    def stepper(ranks):
-        left = iter(ranks)
-        make = (lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, next(left))) if ranks else v10.DenseLinear
-        config = v10.GPTConfig(len(corpus.vocabulary), args.d_model, args.n_layers, args.n_heads, args.d_ff,
-                               args.block_size)
-        model = v10.GPT(config, make).to(device)
-        model.low_precision = args.dtype == "bfloat16"
-        optimizer = v10.make_adamw(model.parameters(), args)
-
-        def step():
-            batch = v10.sample_batch(train, args.batch_size, args.block_size, generator)
-            began = v10.now(device)
-            v10.train_step(model, [optimizer], *batch, grad_accum=args.grad_accum)
-            return v10.now(device) - began
-        return step
-
+    device, corpus = v10.pick_device("auto"), study.corpus()
     kinds = sorted({(), *(r for of_run in ranks.values() for r in of_run)})
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // study.args.jobs))
-    steps = {kind: stepper(kind) for kind in kinds}
-    taken = {kind: [] for kind in kinds}
-    for number in tqdm(range(rounds + 1), desc="speed", unit="round", disable=None):  # the first one warms up
-        for kind in kinds:
-            seconds = steps[kind]()
-            if number:
-                taken[kind].append(seconds)
-    times = {kind: median(values) for kind, values in taken.items()}
+    times = interleaved({kind: stepper(corpus, device, v10.Variant() if kind else v7.Dense(), study.parse(
+        "v10 {size}" if kind else "v7 {size}"), kind)[0] for kind in kinds}, rounds)
     v10.write_record(
         study.log("speed"), "speed", rounds=rounds, device=v10.device_name(device), torch=torch.__version__,
         over_dense={name: fmean(times[r] for r in of_run) / times[()] for name, of_run in ranks.items()},
         over_dense_at_the_end={name: times[of_run[-1]] / times[()] for name, of_run in ranks.items()})
+
+
+def measure_step_costs(study, rounds=25):
+    """The step time of each arm of v11's comparison over that of the dense one with AdamW: one step of each in turn.
+    Self-guided training uses its guides in a quarter of its steps on average."""
+    device, corpus, steps = v10.pick_device("auto"), study.corpus(), {}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // study.args.jobs))
+    for arm, command in ARMS.items():
+        for guided in (False, True) if arm.endswith("_selfguided") else (None,):
+            steps[arm, guided], model = stepper(corpus, device, variant_of(command), study.parse(command))
+            for layer in model.linears().values():
+                layer.uses_guide = guided
+    times = interleaved(steps, rounds)
+    dense = times["dense_adamw", None]
+    v10.write_record(
+        study.log("speed"), "step_costs", rounds=rounds, device=v10.device_name(device), torch=torch.__version__,
+        over_dense={arm: (0.75 * times[arm, False] + 0.25 * times[arm, True] if guided is False else times[arm, guided])
+                    / dense for arm, guided in times if not guided})
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -476,6 +510,8 @@ def main(argv=None):
         study.prepare()
         complete = study.all(study.runs)
         if complete:
+            if not study.records("speed", "step_costs") and {*ARMS} <= {run.name for run in study.runs}:
+                measure_step_costs(study)
             if not study.records("speed", "speed") and any("{speed" in COMMANDS[run.name] for run in study.later):
                 measure_speed(study)
             complete = study.all(study.later)

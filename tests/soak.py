@@ -6,14 +6,15 @@
 At a chosen point the run kills itself: half-way through the n-th write of its log or of a checkpoint, at its n-th
 fsync, os.replace or evaluation, or with half of its layers resized. Ranks change every 3 steps, epochs have 10, and a
 checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize and trains in
-float32, the other carries it and trains in bfloat16. Each kill is a line of the log; the last line is the verdict. Exit
-code 1 where anything was lost or differs.
+float32, one carries it and trains in bfloat16, and one is of v11, with Spectron and a tied head. Each kill is a line of
+the log; the last line is the verdict. Exit code 1 where anything was lost or differs.
 
 Then 20 runs of two processes under torchrun are stopped as a batch system does it, with SIGTERM to the launcher and to
 the processes at once, so that each process gets it twice; each has to save, and the next one goes on from there.
 """
 import argparse
 import builtins
+import importlib
 import json
 import os
 import random
@@ -31,6 +32,11 @@ sys.path.insert(0, str(ROOT))
 FLAGS = """--data-file text --test-file test --d-model 16 --n-layers 2 --n-heads 2 --d-ff 32 --block-size 8
     --batch-size 4 --epochs 20 --steps-per-epoch 10 --lr 0.01 --val-fraction 0.1 --device cpu --init-rank 12
     --min-rank 2 --rank-interval 3 --dropout 0.1 --checkpoint-minutes 0.0015 --log-file log.jsonl""".split()
+V10 = "v10_transformer_lowrank_scaled"
+CONFIGURATIONS = {  # name: (script, flags)
+    "reinit": (V10, ["--optimizer-on-resize", "reinit", "--dtype", "float32"]),
+    "transport": (V10, ["--optimizer-on-resize", "transport", "--dtype", "bfloat16"]),
+    "v11": ("v11_transformer_lowrank_spectron", ["--no-fixed-rank", "--telemetry", "--dtype", "bfloat16"])}
 RANDOM = "at a random time"
 CHOSEN = {  # moment: the largest n at which it may be chosen
     "half-way through a log record": 60, "half-way through a checkpoint": 2000, "at an fsync": 60,
@@ -114,12 +120,12 @@ def arm(moment, n, die=die):
 
 # ---- The soak --------------------------------------------------------------------------------------------------------
 
-def launch(folder, flags, moment=None, when=None):
+def launch(folder, script, flags, moment=None, when=None):
     """Start a run, or go on with the one in the folder, to its end or its death -> exit code, seconds till it spoke."""
     log = folder / "log.jsonl"
-    command = [ROOT / "v10_transformer_lowrank_scaled.py"]
+    command = [ROOT / f"{script}.py"]
     if moment in CHOSEN:
-        command = [__file__, "--arm", moment, str(when)]
+        command = [__file__, "--arm", moment, str(when), script]
     resume = ["--resume"] if log.exists() and log.stat().st_size else []
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, *command, *FLAGS, *flags, *resume], cwd=folder, stdout=subprocess.PIPE,
@@ -140,7 +146,7 @@ def stopped(folder, rng):
     """Start two processes under torchrun, or go on with them, and send SIGTERM to all -> was the last step saved?"""
     import v10_transformer_lowrank_scaled as v10
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "v10_transformer_lowrank_scaled.py", *FLAGS, "--epochs", "1000000",
+               ROOT / f"{V10}.py", *FLAGS, "--epochs", "1000000",
                "--checkpoint-minutes", "1000", "--resume"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -191,29 +197,28 @@ def soak(seed, random_kills, chosen_kills, stops, write):
     plan = [RANDOM] * random_kills + list(CHOSEN) * chosen_kills
     rng.shuffle(plan)
     with tempfile.TemporaryDirectory() as place:
-        for choice, dtype in (("reinit", "float32"), ("transport", "bfloat16")):
-            straight, mine = Path(place, f"{choice}-straight"), plan[::2] if choice == "reinit" else plan[1::2]
-            runs = [Path(place, f"{choice}-{i}") for i in range(len(mine) + 1)]
+        for i, (name, configuration) in enumerate(CONFIGURATIONS.items()):
+            straight, mine = Path(place, f"{name}-straight"), plan[i::len(CONFIGURATIONS)]
+            runs = [Path(place, f"{name}-{j}") for j in range(len(mine) + 1)]
             for folder in (straight, *runs):
                 fill(folder)
-            flags = ["--optimizer-on-resize", choice, "--dtype", dtype]
             began = time.monotonic()
-            _, ready = launch(straight, flags)
+            _, ready = launch(straight, *configuration)
             whole = time.monotonic() - began
             folder = runs.pop(0)
             while mine:
                 moment = mine[0]
                 when = rng.uniform(0.8 * ready, whole) if moment == RANDOM else rng.randint(1, CHOSEN[moment])
-                code, _ = launch(folder, flags, moment, when)
+                code, _ = launch(folder, *configuration, moment, when)
                 if code:
-                    write({"kind": "kill", "moment": moment, "when": round(when, 3), "optimizer_on_resize": choice,
+                    write({"kind": "kill", "moment": moment, "when": round(when, 3), "run": name,
                            "records": (folder / "log.jsonl").read_bytes().count(b"\n")
                            if (folder / "log.jsonl").exists() else 0})
                     mine.pop(0)
                 else:  # it came to its end first: another run
                     result += compare(folder, straight) + Counter(runs=1)
                     folder = runs.pop(0)
-            launch(folder, flags)
+            launch(folder, *configuration)
             result += compare(folder, straight) + Counter(runs=1)
         fill(folder := Path(place, "stopped"))
         for _ in range(stops):
@@ -237,8 +242,9 @@ def table(found):
 
 
 def main():
-    if sys.argv[1:2] == ["--arm"]:  # a run of v10 that is to kill itself
-        return arm(sys.argv[2], int(sys.argv[3])).main(sys.argv[4:])
+    if sys.argv[1:2] == ["--arm"]:  # a run that is to kill itself
+        arm(sys.argv[2], int(sys.argv[3]))
+        return importlib.import_module(sys.argv[4]).main(sys.argv[5:])
     parser = argparse.ArgumentParser(description="Kills small trainings and resumes them.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", type=int, default=15, help="kills at random times")

@@ -35,6 +35,7 @@ def test_its_table_follows_from_the_seconds_it_wrote(results):
             ("step time of v10 / floor", "floor", False), ("step time of v7 / v10", "v7", True),
             ("step time of the literal reading / v10", "literal", True),
             ("step time of v10 at rank 3 / 6", "v10@3", True),
+            ("step time of v10 with v11's optimizer / with AdamW", "spectron", True),
             ("step time of v10 in one process / in two", "two", False)):
         ratios = sorted((taken[name]["seconds"] / taken[name]["v10"]) ** (1 if over_v10 else -1)
                         for taken in found["rounds"])

@@ -187,9 +187,6 @@ def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = fro
 
 # ---- The variant -----------------------------------------------------------------------------------------------------
 
-ETA = {"spectron": 0.07, "muon": 0.02, "adamw": None}
-
-
 def add_optimizer_flags(parser, choices, default):
     """The flags of make_optimizers, for models whose linear layers are factored, or dense."""
     flag = parser.add_argument_group("steps of the linear layers").add_argument
@@ -200,6 +197,13 @@ def add_optimizer_flags(parser, choices, default):
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
          help="orthogonalise the mean of momentum and gradient instead of the momentum")
     flag("--factor-decay", type=v10.number(float, least=0), default=0.0, help="weight decay of spectron and muon")
+
+
+def complete_eta(args):
+    """The default of --eta. Raises UserError if it is given and there is nothing that it is the rate of."""
+    if args.optimizer == "adamw" and args.eta:
+        raise v10.UserError("--eta is the rate of spectron and muon; with --optimizer adamw, --lr is that of all weights")
+    args.eta = args.eta or {"spectron": 0.07, "muon": 0.02}.get(args.optimizer)
 
 
 class LowRankSpectron(v10.Variant):
@@ -216,7 +220,7 @@ class LowRankSpectron(v10.Variant):
                             help="what --factor-decay shrinks")
 
     def complete(self, args):
-        args.eta = args.eta or ETA[args.optimizer]
+        complete_eta(args)
 
     def linear(self, n, m, rank):
         layer = super().linear(n, m, rank)

@@ -26,7 +26,7 @@ class Dense(v10.Variant):
         v11.add_optimizer_flags(parser, ("adamw", "muon"), "adamw")
 
     def complete(self, args):
-        args.eta = args.eta or v11.ETA[args.optimizer]
+        v11.complete_eta(args)
 
     def linear(self, n, m, rank):
         return v10.DenseLinear(n, m)

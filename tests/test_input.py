@@ -13,12 +13,14 @@ import plot_logs
 import synthetic
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
+import v11_transformer_lowrank_spectron as v11
 import wikitext2
 from conftest import RANKS, ROOT, SMALL, records
 
 V10 = (v10.main, ROOT / "v10_transformer_lowrank_scaled.py")
 SCRIPTS = {"v10": V10, "v10 --ranks-from": V10,
            "v7": (v7.main, ROOT / "v7_transformer_dense_baseline.py"),
+           "v11": (v11.main, ROOT / "v11_transformer_lowrank_spectron.py"),
            "plot_logs": (plot_logs.main, ROOT / "plot_logs.py"),
            "synthetic": (synthetic.main, ROOT / "data" / "synthetic.py"),
            "wikitext2": (wikitext2.main, ROOT / "data" / "wikitext2.py")}
@@ -35,6 +37,7 @@ FILES = {
     "thesis": b"my thesis\n", "deep": b"[" * 100_000 + b"\n" + LOG,
     "huge": LOG.replace(b"2", b"9" * 400) + LOG,
     "bad8": LOG[:10] + b"\xff" + LOG[10:] + LOG, "begun": b'{"kind": "run"}\n', "twice": LOG + LOG,
+    "norms": LOG.replace(b'"ranks"', b'"update_norms": [1, null], "ranks"'),
     "noranks": LOG.replace(b'"ranks"', b'"rank"') + LOG,
     "layers": b'{"kind": "run", "layers": null}\n' + LOG, "sha": b'{"kind": "run", "data_sha256": []}\n' + LOG,
     "two": b'{"kind": "run"}\n' + LOG + b'{"kind": "run"}\n' + LOG,
@@ -127,12 +130,21 @@ OF_V7 = [(["--data-file", "nowhere"], "cannot read nowhere: No such file"), (["-
 OF_V7 += [([flag, "4"], f"unrecognized arguments: {flag}") for flag in (
     "--init-rank", "--min-rank", "--max-rank", "--safety-factor", "--rank-interval", "--optimizer-on-resize",
     "--ranks-from")]
+OF_V7 += [(["--optimizer", "spectron"], "invalid choice"), (["--eta", "0.1"], "--eta is the rate of")]
+OF_V11 = [
+    (["--optimizer", "sgd"], "invalid choice"), (["--optimizer", "adamw", "--eta", "0.1"], "--eta is the rate of"),
+    (["--eta", "0"], "above 0"), (["--eta", "nan"], "is not a number"), (["--momentum", "1"], "below 1"),
+    (["--factor-decay", "-1"], "at least 0"), (["--decay-on", "both"], "invalid choice"),
+    (["--telemetry", "--compile"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing of the run"),
+    (["--init-rank", "17"], "--init-rank 17 is not between 1 and 16"), (["--data-file", "tail"], "a block needs 9"),
+    (["--init-rank", "17", "--no-fixed-rank"], "--init-rank 17 is not between 2 and 16")]
 OF_PLOT_LOGS = [  # more in test_plot_logs.py
     ([], "required: LOG"), (["nowhere"], "nowhere: No such file"), (["folder"], "folder: Is a directory"),
     (["UNREADABLE"], ": "), (["empty"], "no epoch in it yet"), (["png"], "png:1: not a line of JSON"),
     (["zeros"], "zeros:1: not a line of JSON"), (["deep"], "deep:1: not a line of JSON"),
     (["huge"], "huge:1: train_loss should be a number"), (["twice"], "twice:2: epoch 1 after epoch 1"),
     (["bad8"], "bad8:1: not a line of JSON ('utf-8' codec can't decode byte 0xff in position 10"),
+    (["norms"], "norms:1: update_norms should be a list of numbers"),
     (["noranks"], "ranks should be a list of ranks"), (["layers"], "layers should be a list"),
     (["sha"], "data_sha256 should be text"), (["other"], "6 ranks, where the run began with 12"),
     (["begun", "nowhere"], "begun: no epoch in it yet"), (["two"], "two:3: a second run begins here"),
@@ -155,11 +167,12 @@ OF_WIKITEXT2 = [(["--out", "good"], "cannot write good"), (["--out", "good/a"], 
 ROWS = [(script, *row) for script, rows in {
     "v10": [*OF_V10, *flags(v10.build_parser(v10.Variant())), *OUT_OF_BOUNDS],
     "v10 --ranks-from": RANKS_FROM,
-    "v7": [*OF_V7, *flags(v10.build_parser(v7.Dense()))],
+    "v7": [*OF_V7, *flags(v10.build_parser(v7.Dense()))], "v11": OF_V11,
     "plot_logs": OF_PLOT_LOGS, "synthetic": OF_SYNTHETIC, "wikitext2": OF_WIKITEXT2}.items() for row in rows]
 BASE = {"v10": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
         "v10 --ranks-from": ["--data-file", "good", *SMALL, "--min-rank", "2", "--ranks-from"],
         "v7": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL],
+        "v11": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
         "plot_logs": [], "synthetic": ["--tokens", "2000", "--words", "100", "--out", "new.tokens"], "wikitext2": []}
 BY_COMMAND = [  # the rows that are tried through the real command as well
     ("v10", "nowhere"), ("v10", "folder"), ("v10", "latin1"), ("v10", "single"), ("v10", "--lr=nan"), ("v10", "tpu"),

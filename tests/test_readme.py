@@ -13,6 +13,7 @@ import results
 import soak
 import study
 import v10_transformer_lowrank_scaled as v10
+import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records
 from test_training import replay
 
@@ -86,7 +87,7 @@ def test_every_make_command_exists(target):
 
 
 def test_every_flag_exists(capsys):
-    known = v10.build_parser(v10.Variant()).format_help()
+    known = "".join(v10.build_parser(variant).format_help() for variant in (v10.Variant(), v11.LowRankSpectron()))
     for script in (plot_logs, results, study, bench):
         with pytest.raises(SystemExit):
             script.main(["--help"])

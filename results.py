@@ -31,7 +31,7 @@ STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's co
              ("adamw", "AdamW"), ("muon", "Muon on the factors"), ("selfguided", "self-guided"),
              ("spectron", "Spectron"), ("spectron_equal_flop", "Spectron, the dense model's FLOPs"))}}
 TRIES = {"rate0.5": "half the rate", "rate1": "the middle rate", "rate2": "twice the rate", "dropout": "dropout 0.2",
-         "decay": "decay"}
+         "decay": "decay", "decay3": "thrice the decay"}
 
 
 class Study:

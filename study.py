@@ -87,7 +87,7 @@ LATER = {  # after the speed has been measured
     "long": "v10 {size} --epochs {three_times_the_epochs}",
 }
 
-# v11's comparison. Each arm has the same five tries on seed 0; its best one, by the last loss, is then run on UNSEEN
+# v11's comparison. Each arm has the same six tries on seed 0; its best one, by the last loss, is then run on UNSEEN
 # seeds. {NAME.best} are the flags of the best try of the arm NAME; {equal_flop.NAME} the epochs in which its products
 # cost as much as the dense model's in the epochs of the size.
 STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE}"
@@ -97,9 +97,10 @@ ARMS = {
     **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --init-rank {rank} --optimizer {optimizer}"
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
     **{f"rank{rank}_selfguided": f"selfguided {STEPS} --init-rank {rank}" for rank in (64, 16)}}
-TRIES = {  # {rate_2}: twice the middle of the rates of the arm's optimizer; the decay is that much of W per step
+TRIES = {  # {rate_2}: twice the middle of the rates of the arm's optimizer; {decay} makes rate times decay 0.001
     "rate1": "{rate_1} --dropout 0.1", "rate0.5": "{rate_half} --dropout 0.1", "rate2": "{rate_2} --dropout 0.1",
-    "dropout": "{rate_1} --dropout 0.2", "decay": "{rate_1} --dropout 0.1 --weight-decay 1 --factor-decay {decay}"}
+    "dropout": "{rate_1} --dropout 0.2", "decay": "{rate_1} --dropout 0.1 --weight-decay 1 --factor-decay {decay}",
+    "decay3": "{rate_1} --dropout 0.1 --weight-decay 3 --factor-decay {decay_3}"}
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07)}
 
 
@@ -107,7 +108,8 @@ def rates(arm):
     """What the placeholders of TRIES stand for in an arm: --lr 0.001 at the middle, or --eta."""
     flag, middle = RATES[arm.split("_")[1]]
     return {"rate_1": f"{flag} {middle:g}", "rate_half": f"{flag} {middle / 2:g}", "rate_2": f"{flag} {2 * middle:g}",
-            "decay": f"{1e-3 / middle:.2g}" if flag == "--eta" else "0"}
+            **{name: f"{least / middle:.2g}" if flag == "--eta" else "0"
+               for name, least in (("decay", 1e-3), ("decay_3", 3e-3))}}
 
 
 def attempts(arm):

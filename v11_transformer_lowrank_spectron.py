@@ -202,7 +202,7 @@ def add_optimizer_flags(parser, choices, default):
 def complete_eta(args):
     """The default of --eta. Raises UserError if it is given and there is nothing that it is the rate of."""
     if args.optimizer == "adamw" and args.eta:
-        raise v10.UserError("--eta is the rate of spectron and muon; with --optimizer adamw, --lr is that of all weights")
+        raise v10.UserError("--eta is the rate of spectron and muon; with --optimizer adamw all weights have --lr")
     args.eta = args.eta or {"spectron": 0.07, "muon": 0.02}.get(args.optimizer)
 
 

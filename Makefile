@@ -16,6 +16,7 @@ endif
 
 V10 := v10_transformer_lowrank_scaled.py
 V7  := v7_transformer_dense_baseline.py
+V11 := v11_transformer_lowrank_spectron.py
 
 # The demo: three small runs that differ in one thing each.
 DEMO := --data-file data/synthetic.tokens --d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 \
@@ -24,7 +25,7 @@ DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
-.PHONY: help setup data demo train reproduce baseline plots study results bench test soak fuzz lint clean
+.PHONY: help setup data demo train reproduce baseline spectron plots study results bench test soak fuzz lint clean
 
 help:           ## print this
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -66,10 +67,14 @@ baseline: $(READY) ## the same with dense layers and the mask
 	@$(FETCH)
 	$(PY) $(V7) --log-file logs/v7.jsonl $(ARGS)
 
+spectron: $(READY) ## v11, the successor: low rank with controlled steps and a tied head
+	@$(FETCH)
+	$(PY) $(V11) --log-file logs/v11.jsonl $(ARGS)
+
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(or $(LOGS),logs/*.jsonl) $(ARGS)
 
-study: $(READY) ## what the report's numbers mean: 67 runs on WikiText-2, two side by side; hours, resumable
+study: $(READY) ## the 244 runs behind the results, on WikiText-2, two side by side; many hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
 

@@ -275,11 +275,12 @@ def warn(message):
 # ---- Seeds of one configuration, and the phases of a run -------------------------------------------------------------
 
 OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command", "resume", "overwrite", "device_name",
-              "dtype_reason", "versions", "leak_check", "ranks_from", "initial_ranks", "parameters",
+              "dtype_reason", "versions", "leak_check", "telemetry", "ranks_from", "initial_ranks", "parameters",
               "factor_parameters"}
 
 
-SINCE = {"tokenize": "words", "min_count": 1}  # settings that older logs do not say, and what they were
+SINCE = {"tokenize": "words", "min_count": 1, "tie_embeddings": False, "share_layers": False, "optimizer": "adamw",
+         "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0}  # what older logs do not say
 
 
 @dataclass

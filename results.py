@@ -331,12 +331,13 @@ def norms(study):
 
 TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
-          "untrained": untrained, "choices": choices, "projections": projections, "official": official,
-          "steps": steps, "tries": tries, "norms": norms}
+          "untrained": untrained, "choices": choices, "projections": projections, "official": official}
+TABLES_OF_STEPS = {"steps": steps, "tries": tries, "norms": norms}  # if the study has v11's comparison
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
-          "untrained", "exact", "tuned_dense_equal_time", *map(tied, STEPS), "dense_adamw", "dense_muon",
-          *(f"{first}_adamw" for first in ("first_rank64", "first_rank16")), "first_dense_adamw_tied",
+          "untrained", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
+NEEDED_FOR_STEPS = {*map(tied, STEPS), "dense_adamw", "dense_muon", "first_dense_adamw_tied", "first_rank64_adamw",
+                    "first_rank16_adamw"}
 
 
 def filled(page, tables):
@@ -477,8 +478,8 @@ def steps_figure(study):
     return figure
 
 
-FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure,
-           "steps": steps_figure, "telemetry": telemetry_figure}
+FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
+FIGURES_OF_STEPS = {"steps": steps_figure, "telemetry": telemetry_figure}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -499,7 +500,9 @@ def main(argv=None):
         if not args.out and args.study.resolve() != REFERENCE:
             raise LogError(f"the pages here show {REFERENCE.relative_to(HERE)}: --out names a folder for the results "
                            f"of {args.study}")
-        tables = {name: table(study) for name, table in TABLES.items()}
+        has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
+        figures = FIGURES | (FIGURES_OF_STEPS if has_steps else {})
+        tables = {name: table(study) for name, table in (TABLES | (TABLES_OF_STEPS if has_steps else {})).items()}
         folder = (args.out or args.study) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         if args.out:
@@ -510,9 +513,9 @@ def main(argv=None):
             for page, text in pages.items():  # once all are known to be good
                 page.write_text(text, encoding="utf-8")
         plot_logs.start_matplotlib()
-        for name, figure in FIGURES.items():
+        for name, figure in figures.items():
             plot_logs.save(figure(study), folder / name)
-        plot_logs.screen("\n".join(str(folder / f"{name}.png") for name in FIGURES))
+        plot_logs.screen("\n".join(str(folder / f"{name}.png") for name in figures))
         return 0
     except LogError as error:
         print(f"results.py: error: {error}", file=sys.stderr)

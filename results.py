@@ -462,7 +462,7 @@ def telemetry_figure(study):
 
 
 def steps_figure(study):
-    """Validation loss against all parameters, with a tied head."""
+    """Validation loss against parameters in the linear layers, with a tied head."""
     figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, label in STEPS.items():
         if name.endswith("_equal_flop"):

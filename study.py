@@ -239,13 +239,16 @@ class Study:
         return command.format_map(values)
 
     def equal_flop_epochs(self, rank):
-        """The epochs in which layers of a rank do as much arithmetic as dense ones do in those of the size."""
+        """The epochs in which layers of a rank, stepped by Spectron, cost as many multiplications as dense ones,
+        stepped by AdamW, in those of the size."""
         size, words = self.defaults, len(self.corpus().vocabulary)
         C, F, T = size.d_model, size.d_ff, size.block_size
-        others = C * words + size.n_layers * C * T  # multiplications per token: the head's, and attention's
+        others = C * words + size.n_layers * C * T  # per token, forward: the head's, and attention's
         dense = size.n_layers * (4 * C * C + 2 * C * F) + others
         factored = size.n_layers * rank * (4 * 2 * C + 2 * (C + F)) + others
-        return round(size.epochs * dense / factored)
+        newton_schulz = size.n_layers * sum(5 * (2 * rank**2 * side + rank**3) for side in 8 * [C] + 2 * [C, F])
+        tokens = size.batch_size * size.block_size  # a backward pass costs two forward ones
+        return round(size.epochs * 3 * tokens * dense / (3 * tokens * factored + newton_schulz))
 
     def corpus(self):
         return v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction, self.defaults.block_size,
@@ -464,20 +467,22 @@ def measure_speed(study, rounds=9):
 
 def measure_step_costs(study, rounds=25):
     """The step time of each arm of v11's comparison over that of the dense one with AdamW: one step of each in turn.
-    Self-guided training uses its guides in a quarter of its steps on average."""
+    Self-guided training uses its guides in half of the steps of its first half; its second half is AdamW's arm."""
     device, corpus, steps = v10.pick_device("auto"), study.corpus(), {}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // study.args.jobs))
     for arm, command in ARMS.items():
         for guided in (False, True) if arm.endswith("_selfguided") else (None,):
-            steps[arm, guided], model = stepper(corpus, device, variant_of(command), study.parse(command))
+            args = study.parse(f"{command} --dropout 0.1")
+            steps[arm, guided], model = stepper(corpus, device, variant_of(command), args)
             for layer in model.linears().values():
                 layer.uses_guide = guided
     times = interleaved(steps, rounds)
     dense = times["dense_adamw", None]
     v10.write_record(
         study.log("speed"), "step_costs", rounds=rounds, device=v10.device_name(device), torch=torch.__version__,
-        over_dense={arm: (0.75 * times[arm, False] + 0.25 * times[arm, True] if guided is False else times[arm, guided])
-                    / dense for arm, guided in times if not guided})
+        over_dense={arm: (times[arm, None] if guided is None else 0.25 * times[arm, False] + 0.25 * times[arm, True]
+                          + 0.5 * times[arm.replace("selfguided", "adamw"), None]) / dense
+                    for arm, guided in times if not guided})
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ n inputs. Losses are in nats per token.
 """
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
 import hashlib
@@ -698,18 +697,22 @@ def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
 
 def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
     """What a step on the inputs x (B, T), taken in `parts`, has done to each linear layer (Spectron, figures 2 and 3);
-    `before` are copies of the layers from before it.
+    `before` are the factors of each from before it, U_0 and V_0.
 
     -> {"update_norms": ||dW||_2, "weight_norms": ||W||_2 after it, "output_changes": RMS of h dW^T over outputs and
     tokens, where h is what the layer reads of x once the step is taken, without dropout}: lists, one number per layer.
+    dW = (U - U_0) V + U_0 (V - V_0) is never a difference of products, which would round it away.
     """
     layers, squares = list(model.linears().values()), torch.zeros(len(before), 2, device=x.device)
+    after = [layer.factors() for layer in layers]
 
     def measure(i):
+        (U, V), (U_0, V_0) = ([factor.to(x.device) for factor in factors] for factors in (after[i], before[i]))
+
         def hook(layer, inputs):
-            h = inputs[0].to(next(layer.parameters()).dtype)
+            h = inputs[0].to(U.dtype)
             with torch.autocast(x.device.type, enabled=False):
-                change = layer.forward(h) - before[i].forward(h)
+                change = F.linear(F.linear(h, V), U - U_0) + F.linear(F.linear(h, V - V_0), U_0)
             squares[i] += torch.stack([change.square().sum(), change.new_tensor(change.numel())])
         return layers[i].register_forward_pre_hook(hook)
 
@@ -720,10 +723,9 @@ def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
     for hook in hooks:
         hook.remove()
     total, count = sum(gather(squares.cpu())).T
-    pairs = [(layer.factors(), old.factors()) for layer, old in zip(layers, before, strict=True)]
-    return {"update_norms": [product_singular_values(torch.cat([U, -old_U], 1), torch.cat([V, old_V]))[0].item()
-                             for (U, V), (old_U, old_V) in pairs],
-            "weight_norms": [product_singular_values(U, V)[0].item() for (U, V), _ in pairs],
+    return {"update_norms": [product_singular_values(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))[0].item()
+                             for (U, V), (U_0, V_0) in zip(after, before, strict=True)],
+            "weight_norms": [product_singular_values(U, V)[0].item() for U, V in after],
             "output_changes": (total / count).sqrt().tolist()}
 
 
@@ -976,7 +978,10 @@ def train(run):
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
             x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # each takes its share
             run.variant.before_step(run, step)
-            before = copy.deepcopy(run.layers) if args.telemetry and ends else None
+            if args.telemetry and ends:
+                state.part.time_sec += watch.lap()
+                before = [[factor.clone() for factor in layer.factors()] for layer in run.layers]
+                watch.lap()
             loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
             if progress.due():
                 progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks() if run.controllers else [])
@@ -990,7 +995,7 @@ def train(run):
                 val_loss = evaluate(model, val_tokens, args.batch_size)
                 check_finite(val_loss, step, args, run.files.last)
                 eval_sec = watch.lap()
-                measured = telemetry(model, before, x, run.settings["grad_accum"]) if before else {}
+                measured = telemetry(model, before, x, run.settings["grad_accum"]) if args.telemetry else {}
                 watch.lap()
 
             # every --rank-interval: measure the spectra, let the controllers decide, resize
@@ -1614,8 +1619,8 @@ def compare_settings(args, settings, defaults, checkpoint, files):
         raise UserError(f"{files.last} is already past --epochs {args.epochs}")
     if not files.log.exists() or files.log.stat().st_size < checkpoint["log_bytes"]:
         raise UserError(f"{files.log} is missing, or shorter than when {files.last} was written")
-    if args.lr_schedule == "cosine" and args.epochs != old["epochs"]:
-        say("*** --epochs has changed, and with it the cosine schedule: an uninterrupted run would have differed")
+    if (args.lr_schedule == "cosine" or args.warmup_steps is None) and args.epochs != old["epochs"]:
+        say("*** --epochs has changed, and with it the schedule: an uninterrupted run would have differed")
     moves = [move.format(settings[name], old[name]) for name, move in (
         ("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}"))
         if settings[name] != old[name]]

@@ -1,9 +1,12 @@
 """Self-guided training, Spectron's rival: v11 whose layers begin beside a dense guide that fades out.
 
 A layer computes alpha G x + (1 - alpha) U V x. alpha falls from 1 to 0 along half a cosine over the first half of the
-steps; then the guide G goes, and what is left is a model of low rank (Wei et al., 2024, arXiv 2406.16450). As in
-Spectron's comparison with it, every linear layer has a guide, G starts as a dense layer does, and U V as its best
-approximation. A step uses a layer's guide only with probability alpha, else U V x as it is; evaluation always mixes.
+steps; at the next rank update the guide G goes, and what is left is a model of low rank (Wei et al., 2024, arXiv
+2406.16450). As in Spectron's comparison with it, every linear layer has a guide, G starts as a dense layer does, and
+U V as its best approximation. A step uses a layer's guide only with probability alpha, else U V x as it is; evaluation
+always mixes. An unused guide has a gradient of zero, so AdamW's momentum and decay still move it.
+
+Checkpoints of the first half hold guides: load_model(path, SelfGuidedLinear) reads them.
 
     python3 v11_transformer_lowrank_selfguided.py                  v11's flags; AdamW on all parameters by default
 """
@@ -21,16 +24,15 @@ import v11_transformer_lowrank_spectron as v11  # noqa: E402
 
 
 class SelfGuidedLinear(v10.LowRankLinearAdaptiveSpectral):
-    """x (..., n) -> alpha x G^T + (1 - alpha) x V^T U^T (..., m); without a guide x V^T U^T."""
+    """x (..., n) -> alpha x G^T + (1 - alpha) x V^T U^T (..., m); without a guide x V^T U^T. The guide is a plain
+    nn.Linear, which v10 does not take for a layer of its own."""
 
     uses_guide = True  # in the next step
 
     def __init__(self, in_features, out_features, rank):
         super().__init__(in_features, out_features, rank)
-        dense = v10.DenseLinear(in_features, out_features)
-        v11.set_spectral(self, dense)
         self.guide = nn.Linear(in_features, out_features, bias=False)
-        self.guide.weight = dense.weight
+        v11.set_spectral(self, self.guide.weight)
         self.guide.register_buffer("alpha", torch.ones(()))
 
     def forward(self, x):
@@ -47,11 +49,27 @@ class SelfGuidedLinear(v10.LowRankLinearAdaptiveSpectral):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def guide_share(step, total_steps):
+    """alpha in step 1, 2, 3, ...: half a cosine from 1 to 0 over the first half; what is left below 0.001 is 0."""
+    done = min(1, (step - 1) / (total_steps / 2))
+    alpha = 0.5 * (1 + math.cos(math.pi * done))
+    return alpha if alpha >= 1e-3 else 0.0
+
+
 class SelfGuided(v11.LowRankSpectron):
     name = "v11_transformer_lowrank_selfguided.py"
     log_file = "logs/v11_selfguided.jsonl"
     description = "Trains a GPT of low rank beside a dense guide that fades out."
     defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw"}
+
+    def complete(self, args):
+        super().complete(args)
+        steps = args.epochs * args.steps_per_epoch
+        if steps < 2 or (args.rank_interval or 1) > steps:
+            raise v10.UserError("the guides go at a rank update in the second half: --rank-interval must be at most "
+                                "the number of steps, and that at least 2")
+        if args.compile:
+            raise v10.UserError("--compile does not fit layers that change from step to step")
 
     def linear(self, n, m, rank):
         return SelfGuidedLinear(n, m, rank)
@@ -64,9 +82,9 @@ class SelfGuided(v11.LowRankSpectron):
 
     def before_step(self, run, step):
         """alpha, and which layers use their guide: the same in every process, and after a resume."""
-        done = min(1, (step - 1) / (run.total_steps / 2))
-        alpha = 0.5 * (1 + math.cos(math.pi * done))
-        draws = torch.rand(len(run.layers), generator=torch.Generator().manual_seed(1_000_003 * run.args.seed + step))
+        alpha = guide_share(step, run.total_steps)
+        seed = (1_000_003 * run.args.seed + step) % 2**63
+        draws = torch.rand(len(run.layers), generator=torch.Generator().manual_seed(seed))
         for layer, draw in zip(run.layers, draws.tolist(), strict=True):
             layer.uses_guide = draw < alpha
             if layer.guide is not None:

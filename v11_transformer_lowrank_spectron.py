@@ -1,6 +1,7 @@
 """v11: low rank from scratch, with the steps of W = U V under control.
 
-v10's model with three changes, after "Stabilizing Native Low-Rank LLM Pretraining" (Spectron, arXiv 2602.12429):
+v10's model with three changes; the first two are from "Stabilizing Native Low-Rank LLM Pretraining" (Spectron, arXiv
+2602.12429):
 
 1. Spectron steps the factors. The momentum of each is orthogonalised, which gives all its directions the same step,
    and the steps of a pair are scaled by its spectral norms, which bounds the step of their product:
@@ -16,10 +17,13 @@ v10's model with three changes, after "Stabilizing Native Low-Rank LLM Pretraini
     python3 v11_transformer_lowrank_spectron.py --share-layers       one block's linear layers for all blocks
     python3 v11_transformer_lowrank_spectron.py --no-fixed-rank      with v10's controller
 
-All other parameters (embeddings, norms, the head's bias) are AdamW's. Both optimizers keep first moments of the factors
-only, which v10's transport carries through a resize exactly. What the bound leaves out: Newton-Schulz orthogonalises
-roughly (singular values of 0.68 to 1.20), so ||dW|| stays below 1.21 eta for eta up to 0.1 if the norms are exact, and
-the norms come from one step of power iteration, which under-states them.
+All other parameters (embeddings, norms, the head's bias) are AdamW's. Spectron and Muon keep no second moments, so
+v10's transport carries all they know through a shrink exactly. What the bound leaves out: Newton-Schulz orthogonalises
+roughly (singular values of 0.68 to 1.20), so ||dW|| stays below 1.21 eta for eta up to 0.1 if the norms are exact; and
+the norms come from one step of power iteration, which understates them a little.
+
+Not as in the paper: the tied head; Nesterov, which its code has and its algorithm does not; a rate of AdamW's own; no
+decay of the factors by default. Its code also scales the steps of U by sqrt(m / r), which its bound does not allow for.
 
 Shapes: U (m, r), V (r, n), W = U V (m, n).
 """
@@ -29,6 +33,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,8 +71,8 @@ def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, step
 
 
 def power_iteration(matrices: list[Tensor], vectors: list[Tensor], steps: int = 1) -> tuple[list, list]:
-    """-> (estimates of ||M||_2, from below, as tensors of one number; the vectors for the next call), for each M (m, n)
-    and x (m,), which after enough steps is its first left singular vector."""
+    """An estimate of ||M||_2, from below, for each M (m, n), and the vector x (m,) to start the next one from, which
+    tends to M's first left singular vector -> (norms, vectors)."""
     norms, found = [None] * len(matrices), [None] * len(matrices)
     for indices in by_shape(matrices):
         M, x = torch.stack([matrices[i] for i in indices]), torch.stack([vectors[i] for i in indices])[..., None]
@@ -90,6 +95,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     moments = {"momentum_buffer": 1}
+    _step_supports_amp_scaling = True  # PyTorch's mark of an optimizer that takes no step if found_inf is 1
 
     def __init__(self, matrices, lr, momentum=0.95, nesterov=True, weight_decay=0.0, dtype=None):
         super().__init__(list(matrices), {"lr": lr, "momentum": momentum, "nesterov": nesterov,
@@ -100,31 +106,38 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             matrices, momentum = group["params"], group["momentum"]
+            bad = getattr(self, "found_inf", matrices[0].new_zeros(())).to(matrices[0])  # on the device: nothing waits
             for W in matrices:
-                self.state[W].setdefault("momentum_buffer", torch.zeros_like(W)).lerp_(W.grad, 1 - momentum)
+                if "momentum_buffer" not in self.state[W]:
+                    self.state[W]["momentum_buffer"] = torch.zeros_like(W)
+            gradients = [torch.where(bad > 0, 0, W.grad) for W in matrices]
             buffers = [self.state[W]["momentum_buffer"] for W in matrices]
-            directions = orthogonalise([W.grad.lerp(buffer, momentum) for W, buffer in zip(
-                matrices, buffers, strict=True)] if group["nesterov"] else buffers, self.dtype)
+            for buffer, gradient in zip(buffers, gradients, strict=True):
+                buffer.lerp_(gradient, (1 - momentum) * (1 - bad))
+            directions = orthogonalise([gradient.lerp(buffer, momentum) for gradient, buffer in zip(
+                gradients, buffers, strict=True)] if group["nesterov"] else buffers, self.dtype)
             scales = self.scales(matrices)
-            self.decay(matrices, group["lr"] * group["weight_decay"])
+            rate = group["lr"] * (1 - bad)
+            if group["weight_decay"]:
+                self.decay(matrices, rate * group["weight_decay"])
             for W, direction, scale in zip(matrices, directions, scales, strict=True):
-                W.sub_(direction * (group["lr"] * scale))
+                W.sub_(direction * (rate * scale))
 
     def scales(self, matrices):
-        """s for each matrix."""
+        """s for each matrix, in a step."""
         return [max(1, W.shape[0] / W.shape[1]) ** 0.5 for W in matrices]
 
     def decay(self, matrices, rate):
-        """Shrink the matrices, if the rate is not zero."""
-        for W in matrices if rate else ():
+        """Shrink the matrices."""
+        for W in matrices:
             W.mul_(1 - rate)
 
 
 class FactorMuon(Muon):
     """Muon on pairs of factors, U_1, V_1, U_2, V_2, ..., with s = 1: Spectron without its renormalisation.
 
-    The decay falls on each factor, or on the product: U -= rate U V V^T and V -= rate U^T U V are the gradients of
-    ||U V||_F^2 / 2, where decay of the factors amounts to a nuclear norm (Khodak et al., 2021).
+    The decay falls on each factor, or on the product: U -= rate U V V^T and V -= rate U^T U V follow the gradients of
+    ||U V||_F^2 / 2, whereas decay of each factor amounts to a penalty on the nuclear norm of U V (Khodak et al., 2021).
     """
 
     def __init__(self, matrices, lr, decay_on="product", **settings):
@@ -138,21 +151,22 @@ class FactorMuon(Muon):
         if self.decay_on == "factors":
             super().decay(matrices, rate)
             return
-        for U, V in zip(matrices[::2], matrices[1::2], strict=True) if rate else ():
+        for U, V in zip(matrices[::2], matrices[1::2], strict=True):
             G_u, G_v = U.mT @ U, V @ V.mT  # (R, R)
-            U.sub_(U @ G_v, alpha=rate)
-            V.sub_(G_u @ V, alpha=rate)
+            U.sub_(rate * (U @ G_v))
+            V.sub_(rate * (G_u @ V))
 
 
 class Spectron(FactorMuon):
-    """Muon on pairs of factors with s = 1 / (||U|| + ||V|| + 1), which keeps the step of each product below lr
-    (Spectron, Algorithms 1 to 3).
+    """Muon on pairs of factors with s = 1 / (||U|| + ||V|| + 1), which keeps the step of each product about below lr
+    (Spectron, Algorithms 1 to 3; there without Nesterov).
 
-    The norms are of the factors before the step, by one step of power iteration, by twenty at the first. Its vectors
-    lie on the sides of m and n, which a resize leaves as they are.
+    The norms are those of the factors before the step, by one step of power iteration, at first by twenty. Its vectors
+    have m and n entries, so a resize leaves them alone.
     """
 
     def scales(self, matrices):
+        """s for each matrix, in a step, which moves the power iteration on."""
         tall = [factor if i % 2 == 0 else factor.mT for i, factor in enumerate(matrices)]  # U (m, r) and V^T (n, r)
         known = all("vector" in self.state[factor] for factor in matrices)
         if not known:
@@ -200,9 +214,10 @@ def add_optimizer_flags(parser, choices, default):
 
 
 def complete_eta(args):
-    """The default of --eta. Raises UserError if it is given and there is nothing that it is the rate of."""
-    if args.optimizer == "adamw" and args.eta:
-        raise v10.UserError("--eta is the rate of spectron and muon; with --optimizer adamw all weights have --lr")
+    """The default of --eta. Raises UserError for flags of spectron and muon beside --optimizer adamw."""
+    if args.optimizer == "adamw" and (args.eta or args.factor_decay):
+        raise v10.UserError("--eta and --factor-decay are those of spectron and muon; with --optimizer adamw all "
+                            "weights have --lr and --weight-decay")
     args.eta = args.eta or {"spectron": 0.07, "muon": 0.02}.get(args.optimizer)
 
 
@@ -224,17 +239,17 @@ class LowRankSpectron(v10.Variant):
 
     def linear(self, n, m, rank):
         layer = super().linear(n, m, rank)
-        set_spectral(layer, v10.DenseLinear(n, m))
+        set_spectral(layer, nn.Linear(n, m, bias=False).weight)
         return layer
 
     def make_optimizers(self, model, args):
         return make_optimizers(model, args)
 
 
-def set_spectral(layer, dense):
-    """Make U V the best approximation of a dense layer's W at the layer's rank, its singular values evenly split
-    (spectral initialisation: Khodak et al., 2021, and Spectron's code)."""
-    P, S, Qt = v10.product_svd(*dense.factors())
+def set_spectral(layer, W):
+    """Make U V the best approximation of W (m, n) at the layer's rank, its singular values evenly split (spectral
+    initialisation: Khodak et al., 2021, and Spectron's code)."""
+    P, S, Qt = torch.linalg.svd(W.detach(), full_matrices=False)
     k = layer.rank
     layer.set_factors(P[:, :k] * S[:k].sqrt(), S[:k].sqrt()[:, None] * Qt[:k])
 

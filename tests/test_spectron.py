@@ -1,5 +1,4 @@
 """v11: controlled steps of W = U V, tied heads, shared layers, self-guided training."""
-import copy
 import os
 import subprocess
 from argparse import Namespace
@@ -51,6 +50,16 @@ def test_orthogonalise_gives_each_direction_nearly_the_same_size_and_keeps_the_d
         assert torch.allclose(inner, torch.diag(s), atol=1e-9)
         assert s.max() < 1.21
     assert not v11.orthogonalise([torch.zeros(3, 4)])[0].any()
+
+
+def test_in_bfloat16_its_singular_values_stay_within_the_same_bounds():
+    for size in ((64, 512), (2048, 64), (256, 256)):
+        M, = matrices(3, [size], torch.float32)
+        result, = v11.orthogonalise([M], torch.bfloat16)
+        S = torch.linalg.svdvals(result)
+        assert result.dtype == torch.float32
+        assert S.max() < 1.22
+        assert S[torch.linalg.svdvals(M) > 0.01 * M.norm()].min() > 0.66
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -172,10 +181,9 @@ def test_momentum_through_a_lossy_shrink_is_that_of_the_same_history_fed_to_the_
     fresh, reference = fed(new_U, new_V)
     for ours, theirs in ((layer.U, fresh.U), (layer.V, fresh.V)):
         assert relative(optimizer.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"]) < 1e-12
-    assert all(torch.equal(state["vector"], vector) for state, vector in zip(
-        [optimizer.state[layer.U], optimizer.state[layer.V]], vectors, strict=False))
-    layer.U.grad, layer.V.grad = torch.ones_like(layer.U), torch.ones_like(layer.V)
-    optimizer.step()
+    kept = [state["vector"] for state in optimizer.state.values() if "vector" in state]
+    assert len(kept) == (2 if kind is v11.Spectron else 0)
+    assert all(map(torch.equal, kept, vectors))
 
 
 @pytest.mark.parametrize("decay_on", ["factors", "product"])
@@ -203,6 +211,62 @@ def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
         covered = [parameter for group in groups for parameter in group["params"]]
         assert len(covered) == len(set(covered))
         assert set(covered) == set(model.parameters())
+
+
+@pytest.mark.parametrize("kind", [v11.Muon, v11.FactorMuon, v11.Spectron])
+def test_a_step_whose_gradient_is_not_finite_is_not_taken(kind):
+    pair = parameters(factors(40, 30, 8))
+    optimizer = kind(pair, lr=0.1, weight_decay=0.5)
+    for found_inf, gradient in ((0.0, 1.0), (1.0, float("nan"))):
+        before = [p.detach().clone() for p in pair], [optimizer.state[p].get("momentum_buffer") for p in pair]
+        before = [[tensor if tensor is None else tensor.clone() for tensor in some] for some in before]
+        give(pair, [torch.full_like(p, gradient) for p in pair])
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+    assert all(map(torch.equal, pair, before[0]))
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], old) for p, old in zip(pair, before[1], strict=True))
+
+
+# ---- Self-guided training --------------------------------------------------------------------------------------------
+
+def test_a_guided_layer_mixes_where_it_should():
+    torch.manual_seed(0)
+    layer, x = selfguided.SelfGuidedLinear(24, 40, 6), torch.randn(5, 24)
+    G, low = layer.guide.weight, layer.U @ layer.V
+    layer.guide.alpha.fill_(0.3)
+    mixed = x @ (0.3 * G + 0.7 * low).T
+    for training, uses_guide, expected in ((True, True, mixed), (True, False, x @ low.T), (False, False, mixed),
+                                           (False, True, mixed)):
+        layer.train(training).uses_guide = uses_guide
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+    layer.guide = None
+    assert torch.allclose(layer(x), x @ low.T, atol=1e-5)
+    P, S, Qt = torch.linalg.svd(G)
+    assert relative(low, (P[:, :6] * S[:6]) @ Qt[:6]) < 1e-5
+
+
+def test_the_guides_share_follows_the_table():
+    assert [selfguided.guide_share(step, 400) for step in (1, 101, 201, 400)] == pytest.approx([1, 0.5, 0, 0])
+    assert selfguided.guide_share(200, 400) == 0, "what is left of it is rounding"
+
+
+def test_a_guide_is_used_with_the_probability_of_its_share_and_gone_in_the_second_half(run, monkeypatch):
+    seen, train_step = [], v10.train_step
+
+    def spy(model, *rest):
+        seen.append([(layer.guide is not None, layer.guide is not None and layer.uses_guide)
+                     for layer in model.linears().values()])
+        return train_step(model, *rest)
+    monkeypatch.setattr(v10, "train_step", spy)
+    log = run("--epochs", 40, "--lr", 1e-3, main=selfguided.main)
+    used = torch.tensor(seen).float().mean(1)  # (steps, 2)
+    assert used[:95, 0].min() == 1
+    assert used[105:].max() == 0
+    for quarter, share in ((0, 0.9), (1, 0.5), (2, 0.1)):  # around the first step, a quarter, and the half
+        around = used[[range(0, 40), range(35, 65), range(60, 100)][quarter], 1].mean()
+        assert around == pytest.approx(share, abs=0.1)
+    sizes = [epoch["factor_params_millions"] for epoch in records(log, "epoch")]
+    assert sizes[0] > sizes[-1] == sizes[20]
 
 
 # ---- Spectral initialisation, tied heads, shared layers --------------------------------------------------------------
@@ -281,7 +345,8 @@ RUNS = {  # how: (main, flags)
     "muon, shared": (v11.main, [*ADAPTIVE, "--optimizer", "muon", "--share-layers", "--no-nesterov"]),
     "adamw, untied": (v11.main, [*ADAPTIVE, "--optimizer", "adamw", "--no-tie-embeddings"]),
     "dense, muon": (v7.main, ["--optimizer", "muon", "--tie-embeddings", "--dropout", 0.1]),
-    "self-guided": (selfguided.main, [*ADAPTIVE, "--optimizer", "spectron"])}
+    "self-guided": (selfguided.main, [*ADAPTIVE, "--optimizer", "spectron"]),
+    "self-guided, adamw": (selfguided.main, [*RANKS, "--epochs", 6, "--dtype", "bfloat16"])}
 
 
 @pytest.mark.parametrize("how", RUNS)
@@ -297,12 +362,12 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
     assert records(log, "resume")[0]["step"] == 13
     for kind in ("epoch", "ranks", "end"):
         assert untimed(log, kind) == untimed(straight, kind)
-    assert len(records(log, "ranks")) > 0 or main is v7.main
+    assert records(log, "ranks") or "--rank-interval" not in flags
     last, end = v10.load(log.with_suffix(".pt")), records(log, "end")[0]
     assert all(torch.equal(value, v10.load(straight.with_suffix(".pt"))["model"][name])
                for name, value in last["model"].items())
     model, vocabulary = v10.load_model(log.with_suffix(".pt"))  # v10's own reader
-    model.low_precision = "bfloat16" in how
+    model.low_precision = "bfloat16" in flags
     corpus = v10.load_corpus(run.folder / "text.tokens", 0.1, 8)
     assert v10.evaluate(model, corpus.val, 4) == pytest.approx(end["final_val_loss"], rel=1e-6)
     assert v10.count_parameters(model) == records(log, "epoch")[-1]["params_millions"] * 1e6
@@ -357,7 +422,8 @@ def test_telemetry_changes_no_number_of_the_run(run, main):
 def test_telemetry_is_what_the_dense_products_say(linear):
     ours, tokens = model(linear).double(), torch.randint(31, (4, 16), generator=torch.Generator().manual_seed(0))
     layers = list(ours.linears().values())
-    before, old = copy.deepcopy(layers), v10.dense_weights(ours)
+    before = [[factor.clone() for factor in layer.factors()] for layer in layers]
+    old = {name: W.clone() for name, W in v10.dense_weights(ours).items()}
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, dtype=torch.float64)
@@ -370,4 +436,4 @@ def test_telemetry_is_what_the_dense_products_say(linear):
         change = inputs[name] @ (new[name] - old[name]).T
         assert found["update_norms"][i] == pytest.approx(norm(new[name] - old[name]).item(), rel=1e-9)
         assert found["weight_norms"][i] == pytest.approx(norm(new[name]).item(), rel=1e-9)
-        assert found["output_changes"][i] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-4)
+        assert found["output_changes"][i] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-6)

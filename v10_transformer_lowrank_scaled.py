@@ -351,8 +351,10 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None):
         x = self.features(tokens)
-        if targets is None:
-            return self.logits(x)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """(B, T, C), targets (B, T) -> their mean cross entropy."""
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
                                         torch.bfloat16 if self.low_precision else x.dtype, torch.is_grad_enabled())
 

@@ -31,6 +31,7 @@ import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -197,6 +198,139 @@ def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = fro
     elif controlled:
         optimizers.append(Muon(matrices, **settings))
     return optimizers
+
+
+# ---- What a direction of W matters to the loss -----------------------------------------------------------------------
+
+class Fisher(NamedTuple):
+    """The second moments of a layer y = U V x, over tokens and in float64, that say what a change of W costs."""
+
+    H: Tensor  # (R, R), of h = V x
+    D: Tensor  # (R, R), of d = U^T dL/dy, for L the sum of the losses of labels drawn from the model itself
+    g: float  # the mean square of an entry of dL/dy
+
+
+def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fisher]:
+    """The Fisher of each factored layer, from batches of inputs (B, T), without dropout. Labels are drawn from the
+    model's predictions: the text's own would give the gradient's second moment, which is not the loss's curvature. The
+    processes share the batches, and the result does not depend on their number but for rounding."""
+    layers, tokens = list(model.linears().values()), sum(batch.numel() for batch in batches)
+    sums = [[torch.zeros(layer.rank, layer.rank, dtype=torch.float64) for _ in "HD"] + [0.0] for layer in layers]
+
+    def watch(layer, total):
+        def forward(_, inputs, y):
+            V, U = layer.V.detach(), layer.U.detach()
+
+            def backward(gradient):
+                gradient = gradient.flatten(0, -2).to(U.dtype)
+                d = gradient @ U
+                total[1] += (d.mT @ d).double().cpu()
+                total[2] += gradient.square().sum().item()
+            with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+                h = inputs[0].flatten(0, -2).to(V.dtype) @ V.mT
+                total[0] += (h.mT @ h).double().cpu()
+            y.register_hook(backward)
+        return layer.register_forward_hook(forward)
+
+    hooks = [watch(layer, total) for layer, total in zip(layers, sums, strict=True)]
+    with v10.evaluation_mode(model), torch.enable_grad():
+        for i, batch in [*enumerate(batches)][v10.process_index()::v10.process_count()]:
+            x = model.features(batch)  # (B, T, C)
+            labels = draw_labels(model, x.detach(), torch.Generator().manual_seed((1_000_003 * seed + i) % 2**63))
+            (model.loss(x, labels) * labels.numel()).backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    shares = v10.gather(sums)
+    return [Fisher(*(sum(total[part] for total in of_layer) / tokens for part in (0, 1)),
+                   sum(total[2] for total in of_layer) / tokens / layer.shape[0])
+            for layer, of_layer in zip(layers, zip(*shares, strict=True), strict=True)]
+
+
+@torch.no_grad()
+def draw_labels(model, x, generator):
+    """A word for each position of x (B, T, C), drawn from the model's prediction -> (B, T)."""
+    flat = x.flatten(0, 1)
+    rows = max(1, v10.LOGITS_BYTES // (8 * model.config.vocab_size))
+    draws = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat)
+    labels = [torch.searchsorted(model.logits(part).softmax(-1).cumsum(-1), draw)
+              for part, draw in zip(flat.split(rows), draws.split(rows), strict=True)]
+    return torch.cat(labels).clamp(max=model.config.vocab_size - 1).view(x.shape[:2])
+
+
+DAMPING = 1e-3  # of G = E[dL/dy dL/dy^T]: this much of its mean diagonal is added to it
+
+
+def fisher_directions(U: Tensor, fisher: Fisher, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions of W that matter to the loss independently -> (s (R,), descending; A (R, R); B (R, R)), B A = 1.
+
+    To keep the first k is to take U A[:, :k] and B[:k] V: of all products of rank k, the one that changes
+    E[(dL/dy^T dW x)^2] least, for independent x and dL/dy. Each direction i that it drops costs about s_i^2 / 2. With
+    D + damping g U^T U for D, which damps G = E[dL/dy dL/dy^T] by damping g 1, s are the singular values of D^1/2 H^1/2
+    and L its left vectors; A = D^-1/2 L and B = L^T D^1/2. H is never inverted, and how W is split does not matter.
+    """
+    U = U.double()
+    values, Q = torch.linalg.eigh(fisher.D + damping * fisher.g * U.mT @ U)
+    positive = values > values[-1] * torch.finfo(values.dtype).eps * len(values)
+    roots = torch.where(positive, values, 1.0).sqrt()
+    root, inverse = (Q * (roots * positive)) @ Q.mT, (Q * (positive / roots)) @ Q.mT
+    squares, L = torch.linalg.eigh(root @ fisher.H @ root)
+    return squares.flip(0).clamp(min=0).sqrt(), inverse @ L.flip(1), L.flip(1).mT @ root
+
+
+def plain_directions(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fisher_directions for white x and dL/dy: s are the singular values of W, and a cut is its truncated SVD."""
+    U, V = U.double(), V.double()
+    return fisher_directions(U, Fisher(V @ V.mT, U.mT @ U, 0.0))
+
+
+def cut_factors(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U A and B V, for A (r, k) and B (k, r) with B A = 1, balanced -> (U' (m, k), V' (k, n), and the maps A', B' with
+    U' = U A' and V' = B' V, which transport the moments)."""
+    cut_U, cut_V = U.double() @ A, B @ V.double()
+    P, S, Qt = v10.product_svd(cut_U, cut_V)
+    if S[-1] > 1e-9 * S[0]:  # else there is nothing to balance with
+        new_U, new_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
+        A, B = A @ (cut_V @ new_V.mT / S), (new_U.mT @ cut_U / S[:, None]) @ B
+        cut_U, cut_V = new_U, new_V
+    return tuple(matrix.to(U.dtype) for matrix in (cut_U, cut_V, A, B))
+
+
+# ---- The budget ------------------------------------------------------------------------------------------------------
+
+def spend(budget: float, sides: list[int], scores: list[list[float]], min_rank: int) -> list[int]:
+    """Ranks for a budget of parameters: each layer, of m + n = its side, gets min_rank, and then all directions, those
+    of the highest score per parameter first, as long as they fit. `scores` are each layer's, descending; what it has
+    not is not given. Raises UserError if min_rank alone exceeds the budget."""
+    ranks = [min(min_rank, len(of_layer)) for of_layer in scores]
+    left = budget - sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+    if left < 0:
+        raise v10.UserError(f"--rank-budget allows {budget:,.0f} parameters in the linear layers, and --min-rank "
+                            f"{min_rank} needs {budget - left:,.0f}")
+    offers = sorted((-score / side, i) for i, (side, of_layer) in enumerate(zip(sides, scores, strict=True))
+                    for score in of_layer[ranks[i]:])
+    for _, i in offers:
+        if sides[i] > left:
+            break
+        ranks[i] += 1
+        left -= sides[i]
+    return ranks
+
+
+def in_proportion(budget: float, sides: list[int], numbers: list[float], present: list[int],
+                  min_rank: int) -> list[int]:
+    """Ranks in proportion to a number for each layer, between min_rank and the present rank, as large as the budget
+    allows."""
+    def ranks(scale):
+        return [min(max(int(scale * number), min_rank), rank) for number, rank in zip(numbers, present, strict=True)]
+
+    def cost(scale):
+        return sum(rank * side for rank, side in zip(ranks(scale), sides, strict=True))
+    low, high = 0.0, max(present) / min(numbers)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return ranks(high if cost(high) <= budget else low)
 
 
 # ---- The variant -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ spectron: $(READY) ## v11, the successor: low rank with controlled steps and a t
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(or $(LOGS),logs/*.jsonl) $(ARGS)
 
-study: $(READY) ## the 244 runs behind the results, on WikiText-2, two side by side; many hours, resumable
+study: $(READY) ## the 256 runs behind the results, on WikiText-2, two side by side; many hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
 

@@ -60,6 +60,7 @@ class Run:
     initial_rank: float | None = None  # mean over the layers; None for a dense model
     assumed: bool = False  # the initial rank is --init-rank, not the log's
     updates: list = field(default_factory=list)  # the records of rank updates inside epochs, in order
+    cuts: list = field(default_factory=list)  # those of v11's cuts
     end: dict = field(default_factory=dict)  # the end record; empty as long as the run has not ended
 
     @property
@@ -158,7 +159,8 @@ def check(record, run):
         raise ValueError("kind should be text")
     if kind == "run" and (run.settings or run.epochs):
         raise ValueError("a second run begins here: each run needs a log of its own")
-    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",)}.get(kind, ())
+    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",),
+              "cut": ("step", "val_loss_before", "val_loss")}.get(kind, ())
     for name in (*needed, *NUMBERS, *TEXTS):
         value = record.get(name)
         if value is None and name not in needed:
@@ -166,7 +168,7 @@ def check(record, run):
         if name in TEXTS and not isinstance(value, str) or name not in TEXTS and not is_number(value):
             raise ValueError(f"{name} should be {'text' if name in TEXTS else 'a number'}, "
                              f"not {json.dumps(value)[:60]}")
-    ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"),
+    ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"), "cut": record.get("ranks"),
              "run": record.get("initial_ranks", [])}.get(kind, [])
     if not isinstance(ranks, list) or not all(is_number(rank, int) and rank > 0 for rank in ranks):
         raise ValueError(f"{'initial_' if kind == 'run' else ''}ranks should be a list of ranks")
@@ -220,13 +222,14 @@ def read_log(path: Path, name: str, init_rank: float) -> Run:
             raise LogError(f"{path}:{number}: {error}") from None
         if kind == "run":
             run.settings = record
-        elif kind == "ranks":
-            run.updates.append(record)
+        elif kind in ("ranks", "cut"):
+            (run.updates if kind == "ranks" else run.cuts).append(record)
         elif kind == "epoch":
             run.epochs.append(record)
         elif kind == "resume":  # what was logged after the checkpoint was trained again
             run.epochs, run.end = [epoch for epoch in run.epochs if epoch["epoch"] <= record["epoch"]], {}
-            run.updates = [update for update in run.updates if update["step"] <= (record.get("step") or 0)]
+            run.updates, run.cuts = ([update for update in updates if update["step"] <= (record.get("step") or 0)]
+                                     for updates in (run.updates, run.cuts))
         elif kind == "end":
             run.end = record
         else:
@@ -494,6 +497,15 @@ def phase_table(run):
         "Phase", "Epochs", "Val Loss before", "at its end", "R avg before", "at its end"], rows)
 
 
+def cut_table(run):
+    """v11's cuts: the mean rank after each, and what it did to the validation loss at once."""
+    return Table(f"{run.name}_cuts", f"Cuts, {run.name}", ["After step", "R min", "R max", "R avg", "Val Loss before",
+                                                           "after", "difference"], [
+        [str(cut["step"]), Cell(min(cut["ranks"])), Cell(max(cut["ranks"])), Cell(fmean(cut["ranks"]), ".1f"),
+         Cell(cut["val_loss_before"], ".3f"), Cell(cut["val_loss"], ".3f"),
+         Cell(cut["val_loss"] - cut["val_loss_before"], "+.4f")] for cut in run.cuts])
+
+
 def reduction(run):
     """How much of the initial mean rank is gone, in %; None for a dense model."""
     final = run.epochs[-1].get("rank_avg")
@@ -566,6 +578,7 @@ def contents(runs, report=False):
         if run.assumed:
             yield f"The log does not say the initial rank: {run.initial_rank:g} is assumed (--init-rank)."
         found = [training_table(run), *([rank_table(run)] if run.final_ranks else []),
+                 *([cut_table(run)] if run.cuts else []),
                  *(report_tables(run) if report else ()), *([phase_table(run)] if phases(run) else []), cost_table(run)]
         for table in found:
             table.title += mark

@@ -30,8 +30,8 @@ STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's co
          **{f"rank{rank}_{how}": f"rank {rank}, {label}" for rank in (64, 16) for how, label in (
              ("adamw", "AdamW"), ("muon", "Muon on the factors"), ("selfguided", "self-guided"),
              ("spectron", "Spectron"), ("spectron_equal_flop", "Spectron, the dense model's FLOPs"))}}
-TRIES = {"rate0.5": "half the rate", "rate1": "the middle rate", "rate2": "twice the rate", "dropout": "dropout 0.2",
-         "decay": "decay", "decay3": "thrice the decay"}
+TRIES = {"rate0.5": "half the rate", "rate1": "the rate", "rate2": "twice it", "decay": "decay",
+         "decay3": "three times it", "decay_third": "0.3 or 10 times it", "dropout": "dropout 0.2"}
 
 
 class Study:

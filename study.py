@@ -87,38 +87,36 @@ LATER = {  # after the speed has been measured
     "long": "v10 {size} --epochs {three_times_the_epochs}",
 }
 
-# v11's comparison. Each arm has the same six tries on seed 0; its best one, by the last loss, is then run on UNSEEN
-# seeds. {NAME.best} are the flags of the best try of the arm NAME; {equal_flop.NAME} the epochs in which its products
-# cost as much as the dense model's in the epochs of the size.
+# v11's comparison. Each arm is tuned on seed 0 in three rounds of tries, each at the best of the rounds before by the
+# last loss, and then run on UNSEEN seeds. {NAME.1} are the flags of the best of round 1 of the arm NAME, {NAME.2} those
+# of the best of rounds 1 and 2; {equal_flop.NAME} the epochs in which its products cost as much as the dense model's.
 STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE}"
 ARMS = {
     "dense_adamw": f"v7 {STEPS}", "dense_adamw_tied": f"v7 {STEPS} --tie-embeddings",
     "dense_muon": f"v7 {STEPS} --optimizer muon", "dense_muon_tied": f"v7 {STEPS} --optimizer muon --tie-embeddings",
-    **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --init-rank {rank} --optimizer {optimizer}"
+    **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --cuts 0 --init-rank {rank} --optimizer {optimizer}"
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
     **{f"rank{rank}_selfguided": f"selfguided {STEPS} --init-rank {rank}" for rank in (64, 16)}}
-TRIES = {  # {rate_2}: twice the middle of the rates of the arm's optimizer; {decay} makes rate times decay 0.001
-    "rate1": "{rate_1} --dropout 0.1", "rate0.5": "{rate_half} --dropout 0.1", "rate2": "{rate_2} --dropout 0.1",
-    "dropout": "{rate_1} --dropout 0.2", "decay": "{rate_1} --dropout 0.1 --weight-decay 1 --factor-decay {decay}",
-    "decay3": "{rate_1} --dropout 0.1 --weight-decay 3 --factor-decay {decay_3}"}
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07)}
 
 
-def rates(arm):
-    """What the placeholders of TRIES stand for in an arm: --lr 0.001 at the middle, or --eta."""
+def rounds(arm):
+    """[{name of a run: its flags} for each round of an arm's tries]: rates; decays; dropout. AdamW's decays are 0.3 to 3.
+    With Muon or Spectron the decay of the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
     flag, middle = RATES[arm.split("_")[1]]
-    return {"rate_1": f"{flag} {middle:g}", "rate_half": f"{flag} {middle / 2:g}", "rate_2": f"{flag} {2 * middle:g}",
-            **{name: f"{least / middle:.2g}" if flag == "--eta" else "0"
-               for name, least in (("decay", 1e-3), ("decay_3", 3e-3))}}
+    decays = {"decay": "1", "decay3": "3", "decay_third": "0.3"} if flag == "--lr" else {
+        name: f"{rest} --factor-decay {share / middle:.2g}"
+        for name, rest, share in (("decay", 1, 1e-3), ("decay3", 3, 3e-3), ("decay_third", 3, 1e-2))}
+    tries = [{"rate1": f"{flag} {middle:g} --dropout 0.1", "rate0.5": f"{flag} {middle / 2:g} --dropout 0.1",
+              "rate2": f"{flag} {2 * middle:g} --dropout 0.1"},
+             {name: f"{{{arm}.1}} --weight-decay {decay}" for name, decay in decays.items()},
+             {"dropout": f"{{{arm}.2}} --dropout 0.2"}]
+    return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
-def attempts(arm):
-    """{name of a run: the try} of an arm."""
-    return {f"try_{arm}_{name}": flags.format_map(rates(arm)) for name, flags in TRIES.items()}
-
-
-TUNING = {name: f"{command} {flags}" for arm, command in ARMS.items() for name, flags in attempts(arm).items()}
-CONTROLLED = {arm: f"{command} {{{arm}.best}} --telemetry" for arm, command in ARMS.items()}
+TUNING = {name: f"{command} {flags}" for arm, command in ARMS.items() for of_round in rounds(arm)
+          for name, flags in of_round.items()}
+CONTROLLED = {arm: f"{command} {{{arm}.3}} --telemetry" for arm, command in ARMS.items()}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
                for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}
 CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{arm}}}"
@@ -136,9 +134,14 @@ def variant_of(command):
     return VARIANTS[command.split()[0]]()
 
 
-def named(command):
-    """What the placeholders of a command begin with: runs, `search`, `speed`, and plain values."""
-    return [field.partition(".")[0] for _, field, _, _ in string.Formatter().parse(command) if field]
+def placeholders(command):
+    """[(what a placeholder begins with: a run, an arm, `search`, `speed` or a plain value; what follows its dot)]."""
+    return [tuple(field.partition(".")[::2]) for _, field, _, _ in string.Formatter().parse(command) if field]
+
+
+def tries_before(arm, last):
+    """{name of a run: its flags}: the tries of an arm in rounds 1 to `last`."""
+    return {name: flags for of_round in rounds(arm)[:int(last)] for name, flags in of_round.items()}
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -184,9 +187,9 @@ class Study:
     def needs(self, run):
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
-        for name in named(COMMANDS[run.name]):
+        for name, what in placeholders(COMMANDS[run.name]):
             if name in ARMS:
-                needed += [f"{name}_s0" for name in attempts(name)]
+                needed += [f"{name}_s0" for name in tries_before(name, what)]
             elif name in COMMANDS:
                 needed.append(f"{name}_s{run.seed}")
             if name == "search":
@@ -217,11 +220,11 @@ class Study:
                   "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
                   "three_times_the_epochs": 3 * self.defaults.epochs,
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
-        for name in named(command):
+        for name, what in placeholders(command):
             if name in ARMS:
-                tries = attempts(name)
+                tries = tries_before(name, what)
                 best = min(tries, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"])
-                values[name] = argparse.Namespace(best=tries[best])
+                values[name] = argparse.Namespace(**{what: self.fill(tries[best], seed)})
             elif name in COMMANDS:
                 log = self.log(f"{name}_s{seed}")
                 values[name] = argparse.Namespace(

@@ -787,9 +787,13 @@ class Variant:
     def before_step(self, run, step):
         """Called before step 1, 2, 3, ..."""
 
-    def update_ranks(self, run):
-        """Called after every --rank-interval steps; the only place where parameters may change their shapes or go.
-        -> (what the log keeps of it, how many layers were resized)."""
+    def rank_update_due(self, run, step):
+        """Is it time for update_ranks after this step?"""
+        return step % (run.args.rank_interval or run.args.steps_per_epoch) == 0
+
+    def update_ranks(self, run, step):
+        """The only place where parameters may change their shapes or go. -> (what the log keeps of it, how many layers
+        were resized)."""
         return update_ranks(run.layers, run.controllers, run.state.ema, run.optimizers, run.args,
                             run.generators["rank"])
 
@@ -966,7 +970,7 @@ def train(run):
     """Train to the last step, or until a signal asks to stop -> the number of that signal, or 0."""
     args, state, model, device = run.args, run.state, run.model, run.device
     train_tokens, val_tokens = run.corpus.train.to(device), run.corpus.val.to(device)
-    steps, interval = args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
+    steps = args.steps_per_epoch
     sums = state.part.loss_sum  # of each process: their mean is that of the whole batch
     loss_sum = torch.tensor(sums[process_index()] if len(sums) == process_count() else fmean(sums), device=device)
     wrapped, watch = parallel(model), Stopwatch(device)
@@ -974,7 +978,7 @@ def train(run):
     progress = Progress(state.step, run.total_steps, overhead=len(val_tokens) / (3 * run.tokens_per_epoch))
     with noted_signals() as signals, progress.bar:
         for step in range(state.step + 1, run.total_steps + 1):
-            updates, ends = step % interval == 0, step % steps == 0
+            updates, ends = run.variant.rank_update_due(run, step), step % steps == 0
             for group in parameter_groups(run.optimizers):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
             batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
@@ -1000,10 +1004,10 @@ def train(run):
                 measured = telemetry(model, before, x, run.settings["grad_accum"]) if args.telemetry else {}
                 watch.lap()
 
-            # every --rank-interval: measure the spectra, let the controllers decide, resize
+            # every --rank-interval: measure the spectra, decide, resize
             if updates:
                 wrapped = None  # see parallel()
-                state.part.update, resized = run.variant.update_ranks(run)
+                state.part.update, resized = run.variant.update_ranks(run, step)
                 state.ema = state.part.update["ema"] or state.ema
                 wrapped = parallel(model)
                 state.part.resized += resized

@@ -60,7 +60,7 @@ class SelfGuided(v11.LowRankSpectron):
     name = "v11_transformer_lowrank_selfguided.py"
     log_file = "logs/v11_selfguided.jsonl"
     description = "Trains a GPT of low rank beside a dense guide that fades out."
-    defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw"}
+    defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw", "cuts": 0}
 
     def complete(self, args):
         super().complete(args)
@@ -68,8 +68,8 @@ class SelfGuided(v11.LowRankSpectron):
         if steps < 2 or (args.rank_interval or 1) > steps:
             raise v10.UserError("the guides go at a rank update in the second half: --rank-interval must be at most "
                                 "the number of steps, and that at least 2")
-        if args.compile:
-            raise v10.UserError("--compile does not fit layers that change from step to step")
+        if args.compile or args.cuts:
+            raise v10.UserError("layers with guides take neither --compile nor --cuts")
 
     def linear(self, n, m, rank):
         return SelfGuidedLinear(n, m, rank)
@@ -90,13 +90,13 @@ class SelfGuided(v11.LowRankSpectron):
             if layer.guide is not None:
                 layer.guide.alpha.fill_(alpha)
 
-    def update_ranks(self, run):
+    def update_ranks(self, run, step):
         """As v10's; the first one in the second half of the run removes the guides."""
         if run.layers[0].guide is not None and run.layers[0].guide.alpha == 0:
             for layer in run.layers:
                 layer.guide = None
             run.optimizers.pop()
-        return super().update_ranks(run)
+        return super().update_ranks(run, step)
 
 
 def main(argv=None):

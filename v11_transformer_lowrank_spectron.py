@@ -333,6 +333,79 @@ def in_proportion(budget: float, sides: list[int], numbers: list[float], present
     return ranks(high if cost(high) <= budget else low)
 
 
+def gradient_groups(U_gradient: Tensor, similarity: float = 0.9) -> int:
+    """How many groups of neurons (rows of dL/dU (m, r)) with similar gradients there are: each row joins the first
+    group whose founder has a cosine of at least this to it, or founds one. The rule of the suite's first versions."""
+    rows, groups = F.normalize(U_gradient.double().cpu(), dim=1), 0
+    while len(rows):
+        rows, groups = rows[rows @ rows[0] < similarity], groups + 1
+    return groups
+
+
+# ---- The cuts --------------------------------------------------------------------------------------------------------
+
+FISHER_TOKENS = 12_288  # training tokens that a cut is measured on: more do not change it (1,000 are already close)
+
+
+def cut_steps(args: argparse.Namespace) -> list[int]:
+    """After which steps --cuts fall: evenly from --cut-from to --cut-to, both included; a single one at --cut-to."""
+    total, first, last = args.epochs * args.steps_per_epoch, args.cut_from, args.cut_to
+    shares = [last - (last - first) * i / max(args.cuts - 1, 1) for i in range(args.cuts)]
+    return sorted({max(1, round(total * share)) for share in shares})
+
+
+def budget_parameters(args: argparse.Namespace, shapes: list[tuple]) -> float:
+    """The parameters that --rank-budget allows in layers of these shapes (m, n)."""
+    return args.rank_budget * sum(m * n if args.rank_budget <= 1 else m + n for m, n in shapes)
+
+
+def plan_cut(run, step, fishers, groups):
+    """Decide the next cut -> (its record for the log, {index of a layer: its new factors and the maps to them})."""
+    args, layers, factors = run.args, run.layers, [layer.factors() for layer in run.layers]
+    sides, ranks = [sum(layer.shape) for layer in layers], run.model.ranks()
+    present, final = (sum(r * side for r, side in zip(ranks, sides, strict=True)),
+                      budget_parameters(args, [layer.shape for layer in layers]))
+    left = sum(cut >= step for cut in cut_steps(args))
+    budget = max(present * (min(final, present) / present) ** (1 / left), final)  # each cut takes the same share
+    plain = [plain_directions(U, V) for U, V in factors]
+    by_fisher = [fisher_directions(U, fisher) for (U, _), fisher in zip(factors, fishers, strict=True)
+                 ] if fishers else plain
+    spectra = [s.tolist() for s, _, _ in (by_fisher if args.rank_signal == "fisher" else plain)]
+    if args.rank_signal in ("fisher", "energy"):
+        new = spend(budget, sides, [[s * s for s in of_layer] for of_layer in spectra], args.min_rank)
+    else:
+        numbers = {"uniform": [1.0] * len(sides), "gradient": groups,
+                   "stable": [v10.stable_rank_of(s) for s, _, _ in plain]}[args.rank_signal]
+        new = in_proportion(budget, sides, numbers, ranks, args.min_rank)
+    record = {"step": step, "metric": args.cut_metric, "signal": args.rank_signal, "budget": budget,
+              "singular_values": spectra, "ranks_before": ranks, "ranks": new}
+    directions = by_fisher if args.cut_metric == "fisher" else plain
+    return record, {i: (*cut_factors(*factors[i], directions[i][1][:, :k], directions[i][2][:k]), k)
+                    for i, k in enumerate(new) if k < ranks[i]}
+
+
+def cut(run, step):
+    """Cut the ranks, write the record -> how many layers were cut."""
+    args, model = run.args, run.model
+    val_tokens = run.corpus.val.to(run.device)
+    val_loss_before = v10.evaluate(model, val_tokens, args.batch_size)
+    groups = [gradient_groups(layer.U.grad) for layer in run.layers] if args.rank_signal == "gradient" else []
+    fishers = []
+    if "fisher" in (args.rank_signal, args.cut_metric):
+        generator = torch.Generator().manual_seed((1_000_003 * args.seed + step) % 2**63)
+        windows, _ = v10.sample_batch(run.corpus.train, max(1, FISHER_TOKENS // args.block_size), args.block_size,
+                                      generator)
+        fishers = measure_fisher(model, windows.to(run.device).split(max(1, 2048 // args.block_size)), args.seed + step)
+    record, resized = v10.once(plan_cut, run, step, fishers, groups)
+    for i, (U, V, *maps) in resized.items():
+        run.layers[i].set_factors(U, V)
+        for optimizer in run.optimizers:
+            v10.transport_moments(optimizer, run.layers[i], *maps)
+    v10.write_record(run.files.log, "cut", **record, val_loss_before=val_loss_before,
+                     val_loss=v10.evaluate(model, val_tokens, args.batch_size))
+    return len(resized)
+
+
 # ---- The variant -----------------------------------------------------------------------------------------------------
 
 def add_optimizer_flags(parser, choices, default):
@@ -345,6 +418,21 @@ def add_optimizer_flags(parser, choices, default):
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
          help="orthogonalise the mean of momentum and gradient instead of the momentum")
     flag("--factor-decay", type=v10.number(float, least=0), default=0.0, help="weight decay of spectron and muon")
+
+
+def add_cut_flags(parser):
+    """The flags of the cuts."""
+    flag = parser.add_argument_group("cuts of the ranks, under one budget").add_argument
+    flag("--cuts", type=v10.number(int, least=0, below=1000), default=6,
+         help="how many; 0: ranks stay as they start")
+    flag("--rank-budget", type=v10.POSITIVE, default=0.1, help="what is left in the end: up to 1 the share of a dense "
+         "model's linear parameters, above 1 the mean rank, weighted by m + n")
+    flag("--cut-from", type=v10.FRACTION, default=0.2, help="when the first cut falls, as a share of the run")
+    flag("--cut-to", type=v10.FRACTION, default=0.65, help="when the last one falls")
+    flag("--rank-signal", choices=("fisher", "uniform", "stable", "energy", "gradient"), default="fisher",
+         help="what decides how many ranks a layer gets")
+    flag("--cut-metric", choices=("fisher", "plain"), default="fisher",
+         help="what decides which directions go: what they matter to the loss, or their singular values")
 
 
 def complete_eta(args):
@@ -360,16 +448,35 @@ class LowRankSpectron(v10.Variant):
     log_file = "logs/v11.jsonl"
     description = "Trains a GPT of low rank with controlled steps."
     defaults = {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": None, "dropout": 0.1, "tie_embeddings": True,
-                "fixed_rank": True, "optimizer_on_resize": "transport"}
+                "fixed_rank": True, "optimizer_on_resize": "transport", "min_rank": 4}
 
     def add_flags(self, parser):
         super().add_flags(parser)
+        add_cut_flags(parser)
         add_optimizer_flags(parser, ("spectron", "muon", "adamw"), "spectron")
         parser.add_argument("--decay-on", choices=("factors", "product"), default="product",
                             help="what --factor-decay shrinks")
 
     def complete(self, args):
         complete_eta(args)
+        C, D = args.d_model, args.d_ff
+        shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
+        budget, least = budget_parameters(args, shapes), args.min_rank * sum(map(sum, shapes))
+        if args.cuts and not args.fixed_rank:
+            raise v10.UserError("--cuts and --no-fixed-rank exclude each other: --cuts 0 leaves the ranks to v10's "
+                                "controller")
+        if args.cuts and args.cut_to < args.cut_from:
+            raise v10.UserError(f"--cut-to {args.cut_to} is before --cut-from {args.cut_from}")
+        if args.cuts and budget < least:
+            raise v10.UserError(f"--rank-budget {args.rank_budget:g} allows {budget:,.0f} parameters in the linear "
+                                f"layers, and --min-rank {args.min_rank} needs {least:,}")
+
+    def rank_update_due(self, run, step):
+        return super().rank_update_due(run, step) or step in cut_steps(run.args)
+
+    def update_ranks(self, run, step):
+        update, resized = super().update_ranks(run, step)
+        return update, resized + (cut(run, step) if step in cut_steps(run.args) else 0)
 
     def linear(self, n, m, rank):
         layer = super().linear(n, m, rank)

@@ -6,7 +6,7 @@
 At a chosen point the run kills itself: half-way through the n-th write of its log or of a checkpoint, at its n-th
 fsync, os.replace or evaluation, or with half of its layers resized. Ranks change every 3 steps, epochs have 10, and a
 checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize and trains in
-float32, one carries it and trains in bfloat16, and one is of v11, with Spectron and a tied head. Each kill is a line of
+float32, one carries it and trains in bfloat16, and one is of v11, whose ranks are cut 20 times. Each kill is a line of
 the log; the last line is the verdict. Exit code 1 where anything was lost or differs.
 
 Then 20 runs of two processes under torchrun are stopped as a batch system does it, with SIGTERM to the launcher and to
@@ -36,7 +36,8 @@ V10 = "v10_transformer_lowrank_scaled"
 CONFIGURATIONS = {  # name: (script, flags)
     "reinit": (V10, ["--optimizer-on-resize", "reinit", "--dtype", "float32"]),
     "transport": (V10, ["--optimizer-on-resize", "transport", "--dtype", "bfloat16"]),
-    "v11": ("v11_transformer_lowrank_spectron", ["--no-fixed-rank", "--telemetry", "--dtype", "bfloat16"])}
+    "v11": ("v11_transformer_lowrank_spectron",
+            "--cuts 20 --cut-from 0.1 --cut-to 0.9 --rank-budget 0.3 --telemetry --dtype bfloat16".split())}
 RANDOM = "at a random time"
 CHOSEN = {  # moment: the largest n at which it may be chosen
     "half-way through a log record": 60, "half-way through a checkpoint": 2000, "at an fsync": 60,

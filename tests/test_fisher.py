@@ -1,4 +1,5 @@
 """The Fisher cut: what it measures, which directions it keeps, what becomes of the momentum, and the budget."""
+import argparse
 import itertools
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
+from conftest import RANKS, records, untimed
 from test_spectra import factors, relative
 
 
@@ -237,3 +239,74 @@ def test_ranks_in_proportion_fill_the_budget_between_their_bounds():
     assert ranks == [5, 11, 22]
     assert v11.in_proportion(10_000, sides, [1.0, 2.0, 4.0], present, 4) == present
     assert v11.in_proportion(300, sides, [1.0, 1.0, 100.0], present, 4) == [4, 4, 11]
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+CUTS = [*RANKS, "--cuts", "4", "--cut-from", "0.2", "--cut-to", "0.8", "--rank-budget", "0.4"]
+
+
+def linear_parameters(run_record, ranks):
+    return sum(rank * sum(layer["shape"]) for rank, layer in zip(ranks, run_record["layers"], strict=True))
+
+
+@pytest.mark.parametrize("flags", [[], *(["--rank-signal", signal] for signal in (
+    "uniform", "stable", "energy", "gradient")), ["--cut-metric", "plain"], ["--cut-metric", "plain", "--rank-signal",
+                                                                             "uniform", "--optimizer", "adamw"]])
+def test_every_signal_and_metric_ends_within_the_budget_and_in_equal_shares(run, flags):
+    log = run(*flags, main=v11.main, ranks=CUTS)
+    (first,), cuts, epochs = (records(log, kind) for kind in ("run", "cut", "epoch"))
+    assert [cut["step"] for cut in cuts] == [4, 8, 12, 16]
+    dense = sum(m * n for m, n in (layer["shape"] for layer in first["layers"]))
+    sizes = [linear_parameters(first, ranks) for ranks in (first["initial_ranks"], *(cut["ranks"] for cut in cuts))]
+    smallest = min(sum(layer["shape"]) for layer in first["layers"])
+    assert 0.4 * dense - 2 * smallest * (12 if "uniform" in flags else 2) < sizes[-1] <= 0.4 * dense
+    for before, after, cut in zip(sizes, sizes[1:], cuts, strict=False):
+        assert after <= cut["budget"] < before
+    assert cuts[0]["budget"] / sizes[0] == pytest.approx((0.4 * dense / sizes[0]) ** (1 / 4))
+    assert epochs[-1]["ranks"] == cuts[-1]["ranks"]
+    assert cuts[0]["ranks_before"] == first["initial_ranks"]
+    assert len(set(cuts[-1]["ranks"])) == 1 or "uniform" not in flags
+    assert linear_parameters(first, epochs[-1]["ranks"]) == epochs[-1]["factor_params_millions"] * 1e6
+
+
+@pytest.mark.parametrize("signal", ["fisher", "energy"])
+def test_the_decisions_replay_from_the_log(run, signal):
+    log = run("--rank-signal", signal, main=v11.main, ranks=CUTS)
+    sides = [sum(layer["shape"]) for layer in records(log, "run")[0]["layers"]]
+    for cut in records(log, "cut"):
+        scores = [[s * s for s in of_layer] for of_layer in cut["singular_values"]]
+        assert v11.spend(cut["budget"], sides, scores, 2) == cut["ranks"]
+
+
+def test_a_budget_above_the_present_size_changes_nothing(run):
+    cut = run(main=v11.main, ranks=[*RANKS, "--rank-budget", "12"], name="cut")
+    uncut = run(main=v11.main, ranks=[*RANKS, "--cuts", "0"], name="uncut")
+    assert {tuple(record["ranks"]) for record in records(cut, "cut")} == {(12,) * 12}
+    assert all(record["val_loss"] == record["val_loss_before"] for record in records(cut, "cut"))
+    assert untimed(cut) == untimed(uncut)
+
+
+def test_the_first_cut_in_the_fisher_metric_costs_less_than_the_plain_one(run):
+    losses = {metric: records(run("--cut-metric", metric, "--rank-signal", "uniform", "--epochs", 60, "--cuts", 1,
+                                  "--cut-to", "0.9", "--dropout", 0, main=v11.main, ranks=CUTS[:4] + CUTS[8:],
+                                  name=metric), "cut")[0] for metric in ("fisher", "plain")}
+    fisher, plain = (cut["val_loss"] - cut["val_loss_before"] for cut in losses.values())
+    assert losses["fisher"]["val_loss_before"] == losses["plain"]["val_loss_before"]
+    assert losses["fisher"]["ranks"] == losses["plain"]["ranks"]
+    assert fisher < 0.7 * plain
+
+
+def test_cuts_fall_evenly_between_their_ends():
+    def at(**flags):
+        return v11.cut_steps(argparse.Namespace(**{"epochs": 16, "steps_per_epoch": 40, "cuts": 6, "cut_from": 0.2,
+                                                   "cut_to": 0.65} | flags))
+    assert at() == [128, 186, 243, 301, 358, 416]
+    assert at(cuts=1) == [416]
+    assert at(cuts=0) == []
+    assert at(epochs=1, steps_per_epoch=3) == [1, 2]
+
+
+def test_similar_gradients_are_one_group():
+    rows = torch.tensor([[1.0, 0], [2, 0.1], [0, 1], [-1, 0], [0, 3]])
+    assert v11.gradient_groups(rows) == 3

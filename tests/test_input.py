@@ -137,7 +137,12 @@ OF_V11 = [
     (["--factor-decay", "-1"], "at least 0"), (["--decay-on", "both"], "invalid choice"),
     (["--telemetry", "--compile"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing of the run"),
     (["--init-rank", "17"], "--init-rank 17 is not between 1 and 16"), (["--data-file", "tail"], "a block needs 9"),
-    (["--init-rank", "17", "--no-fixed-rank"], "--init-rank 17 is not between 2 and 16")]
+    (["--init-rank", "17", "--no-fixed-rank", "--cuts", "0"], "--init-rank 17 is not between 2 and 16"),
+    (["--no-fixed-rank"], "--cuts and --no-fixed-rank exclude each other"), (["--cuts", "-1"], "at least 0"),
+    (["--cut-from", "0.7"], "--cut-to 0.65 is before --cut-from 0.7"), (["--cut-to", "1"], "below 1"),
+    (["--rank-budget", "0"], "above 0"), (["--rank-budget", "0.2"], "and --min-rank 2 needs 896"),
+    (["--rank-budget", "1.5"], "allows 672 parameters in the linear layers, and --min-rank 2 needs 896"),
+    (["--rank-signal", "entropy"], "invalid choice"), (["--cut-metric", "cosine"], "invalid choice")]
 OF_PLOT_LOGS = [  # more in test_plot_logs.py
     ([], "required: LOG"), (["nowhere"], "nowhere: No such file"), (["folder"], "folder: Is a directory"),
     (["UNREADABLE"], ": "), (["empty"], "no epoch in it yet"), (["png"], "png:1: not a line of JSON"),
@@ -172,7 +177,7 @@ ROWS = [(script, *row) for script, rows in {
 BASE = {"v10": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
         "v10 --ranks-from": ["--data-file", "good", *SMALL, "--min-rank", "2", "--ranks-from"],
         "v7": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL],
-        "v11": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS],
+        "v11": ["--data-file", "good", "--log-file", "log.jsonl", *SMALL, *RANKS, "--rank-budget", "0.4"],
         "plot_logs": [], "synthetic": ["--tokens", "2000", "--words", "100", "--out", "new.tokens"], "wikitext2": []}
 BY_COMMAND = [  # the rows that are tried through the real command as well
     ("v10", "nowhere"), ("v10", "folder"), ("v10", "latin1"), ("v10", "single"), ("v10", "--lr=nan"), ("v10", "tpu"),

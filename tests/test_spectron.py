@@ -338,10 +338,11 @@ def test_tied_and_shared_weights_are_saved_once(tmp_path):
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
 
-ADAPTIVE = ["--no-fixed-rank", "--rank-interval", 3, *RANKS]
+ADAPTIVE = ["--no-fixed-rank", "--cuts", 0, "--rank-interval", 3, *RANKS]
 RUNS = {  # how: (main, flags)
     "spectron": (v11.main, [*ADAPTIVE, "--factor-decay", 0.1]),
     "spectron in bfloat16": (v11.main, [*ADAPTIVE, "--dtype", "bfloat16"]),
+    "cuts": (v11.main, [*RANKS, "--cuts", 7, "--cut-from", 0.1, "--cut-to", 0.9, "--rank-budget", 0.4]),
     "muon, shared": (v11.main, [*ADAPTIVE, "--optimizer", "muon", "--share-layers", "--no-nesterov"]),
     "adamw, untied": (v11.main, [*ADAPTIVE, "--optimizer", "adamw", "--no-tie-embeddings"]),
     "dense, muon": (v7.main, ["--optimizer", "muon", "--tie-embeddings", "--dropout", 0.1]),
@@ -374,7 +375,7 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
     assert plot_logs.main([str(log), "--out", str(run.folder / "figures")]) == 0
 
 
-@pytest.mark.parametrize("how", ["spectron", "muon, shared", "self-guided"])
+@pytest.mark.parametrize("how", ["spectron", "muon, shared", "cuts", "self-guided"])
 def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
     main, flags = RUNS[how]
     script = ROOT / (selfguided.SelfGuided.name if main is selfguided.main else v11.LowRankSpectron.name)
@@ -397,7 +398,7 @@ def test_both_rates_follow_the_schedule_and_the_warm_up_takes_a_twentieth(run, m
         seen.append([group["lr"] for group in v10.parameter_groups(optimizers)])
         return train_step(model, optimizers, *rest)
     monkeypatch.setattr(v10, "train_step", spy)
-    run("--epochs", 8, "--eta", 0.5, main=v11.main)
+    run("--epochs", 8, "--eta", 0.5, "--cuts", 0, main=v11.main)
     assert seen[0] == [0.005, 0.25]
     assert seen[1] == [0.01, 0.5]
     for lr, eta in seen:
@@ -409,7 +410,7 @@ def test_both_rates_follow_the_schedule_and_the_warm_up_takes_a_twentieth(run, m
 
 @pytest.mark.parametrize("main", [v7.main, v10.main, v11.main])
 def test_telemetry_changes_no_number_of_the_run(run, main):
-    ranks = [] if main is v7.main else RANKS
+    ranks = {v7.main: [], v10.main: RANKS, v11.main: [*RANKS, "--cuts", "0"]}[main]
     plain, told = (run(*flags, "--dropout", 0.1, name=f"log{len(flags)}", main=main, ranks=ranks)
                    for flags in ([], ["--telemetry"]))
     named = {"update_norms", "weight_norms", "output_changes"}

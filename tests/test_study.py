@@ -137,7 +137,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 12 * 6 + 5 * 21
+    assert len(seen) == 4 + 3 * 21 + 12 * 7 + 5 * 21
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -324,3 +324,28 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
     assert "the pages here show logs/reference/study: --out names a folder" in capsys.readouterr().err
+
+
+def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):
+    ours = asked(tmp_path)
+    losses = {"rate1": 5.0, "rate0.5": 4.0, "rate2": 6.0, "decay": 3.9, "decay3": 3.7, "decay_third": 3.8}
+    for name, loss in losses.items():
+        v10.write_record(ours.log(f"try_rank64_spectron_{name}_s0"), "end", final_val_loss=loss)
+    flags = [ours.fill(study.TUNING[f"try_rank64_spectron_{name}"], seed=0) for name in ("decay3", "dropout")]
+    assert [f.partition("--optimizer spectron ")[2] for f in flags] == [
+        "--eta 0.035 --dropout 0.1 --weight-decay 3 --factor-decay 0.043",
+        "--eta 0.035 --dropout 0.1 --weight-decay 3 --factor-decay 0.043 --dropout 0.2"]
+    v10.write_record(ours.log("try_rank64_spectron_dropout_s0"), "end", final_val_loss=3.75)
+    assert ours.fill(study.CONTROLLED["rank64_spectron"], seed=4).endswith("--factor-decay 0.043 --telemetry")
+    assert ours.needs(study.Run("rank64_spectron", 4)) == [
+        f"try_rank64_spectron_{name}_s0" for name in [*losses, "dropout"]]
+
+
+def test_the_equal_flop_epochs_are_those_of_a_count_by_hand(tmp_path, monkeypatch):
+    ours = asked(tmp_path)
+    monkeypatch.setattr(ours, "corpus", lambda: argparse.Namespace(vocabulary=["w"] * 4491))
+    tokens, head, attention = 16 * 64, 256 * 4491, 4 * 256 * 64  # 4 layers of 64 positions, half of them masked, twice
+    dense, factored = 4 * 12 * 256**2, 4 * 64 * (8 * 256 + 2 * 1280)
+    steps = 4 * 5 * (10 * (2 * 64**2 * 256 + 64**3) + 2 * (2 * 64**2 * 1024 + 64**3))
+    ratio = 3 * tokens * (dense + head + attention) / (3 * tokens * (factored + head + attention) + steps)
+    assert ours.equal_flop_epochs(64) == round(16 * ratio)

@@ -101,8 +101,8 @@ RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta"
 
 
 def rounds(arm):
-    """[{name of a run: its flags} for each round of an arm's tries]: rates; decays; dropout. AdamW's decays are 0.3 to 3.
-    With Muon or Spectron the decay of the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
+    """[{name of a run: its flags} for each round of an arm's tries]: rates; decays; dropout. AdamW's decays are 0.3 to
+    3. With Muon or Spectron that of the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
     flag, middle = RATES[arm.split("_")[1]]
     decays = {"decay": "1", "decay3": "3", "decay_third": "0.3"} if flag == "--lr" else {
         name: f"{rest} --factor-decay {share / middle:.2g}"

@@ -327,7 +327,7 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
 
 
 def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):
-    ours = asked(tmp_path)
+    ours = asked(tmp_path, data_file="t", test_file="")
     losses = {"rate1": 5.0, "rate0.5": 4.0, "rate2": 6.0, "decay": 3.9, "decay3": 3.7, "decay_third": 3.8}
     for name, loss in losses.items():
         v10.write_record(ours.log(f"try_rank64_spectron_{name}_s0"), "end", final_val_loss=loss)

@@ -114,8 +114,8 @@ def rounds(arm):
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
-TUNING = {name: f"{command} {flags}" for arm, command in ARMS.items() for of_round in rounds(arm)
-          for name, flags in of_round.items()}
+TUNING = {name: f"{command} {flags}" for i in range(3) for arm, command in ARMS.items()  # round by round: none waits
+          for name, flags in rounds(arm)[i].items()}
 CONTROLLED = {arm: f"{command} {{{arm}.3}} --telemetry" for arm, command in ARMS.items()}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
                for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}

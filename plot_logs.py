@@ -175,7 +175,9 @@ def check(record, run):
     if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
         raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
     initial = run.settings.get("initial_ranks")
-    if kind in ("epoch", "ranks") and initial and len(ranks) != len(initial):
+    if kind == "cut" and not ranks:
+        raise ValueError("a cut has no ranks")
+    if kind in ("epoch", "ranks", "cut") and initial and len(ranks) != len(initial):
         raise ValueError(f"{len(ranks)} ranks, where the run began with {len(initial)}")
     layers = record.get("layers", []) if kind == "run" else []
     if not isinstance(layers, list) or not all(

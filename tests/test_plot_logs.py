@@ -545,3 +545,34 @@ def test_tensorboard_reads_what_the_logs_say(report, tmp_path, capsys):
         assert [e.value for e in events.Scalars(tag)] == pytest.approx([row[column] for row in TABLE_1])
     plot(report, "--tensorboard", tmp_path / "board", code=2)
     assert "has event files already" in capsys.readouterr().err
+
+
+# ---- v11's logs ------------------------------------------------------------------------------------------------------
+
+def v11_epoch(number, **fields):
+    return {"kind": "epoch", "epoch": number, "train_loss": 5.0, "val_loss": 5.0, "ranks": [4, 6], "lr": 0.1,
+            "rank_avg": 5.0, "update_norms": [0.01, 0.03], "weight_norms": [1.0, 2.0], "output_changes": [0.1, 0.2],
+            **fields}
+
+
+def test_cuts_have_a_table_and_those_that_a_resume_repeats_appear_once(tmp_path, capsys):
+    def cut(step, before, after):
+        return {"kind": "cut", "step": step, "val_loss_before": before, "val_loss": after, "ranks": [4, 6]}
+    log = write(tmp_path / "v11.jsonl", {"kind": "run", "attention": "causal", "initial_ranks": [8, 8]},
+                cut(10, 5.25, 5.26), v11_epoch(1), cut(30, 5.1, 5.101), {"kind": "resume", "epoch": 1, "step": 20},
+                cut(30, 5.1, 5.102), v11_epoch(2))
+    assert plot_logs.main([str(log)]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "| 10 | 4 | 6 | 5.0 | 5.250 | 5.260 | +0.0100 |" in page
+    assert "| 30 | 4 | 6 | 5.0 | 5.100 | 5.102 | +0.0020 |" in page
+    assert "+0.0010" not in page
+
+
+def test_telemetry_is_the_median_layer_without_the_end_of_a_cosine(tmp_path):
+    log = write(tmp_path / "v11.jsonl", {"kind": "run", "attention": "causal", "optimizer": "spectron"},
+                v11_epoch(1), v11_epoch(2, update_norms=[0.02, 0.06]), v11_epoch(3, lr=0.0009))
+    assert plot_logs.main([str(log)]) == 0
+    assert (tmp_path / "figures" / "telemetry.png").exists()
+    run = plot_logs.read_log(log, "v11", 64)
+    assert plot_logs.telemetry(run, "update_norms") == {1: pytest.approx(0.02), 2: pytest.approx(0.04)}
+    assert run.family == "controlled"

@@ -25,10 +25,10 @@ DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
-.PHONY: help setup data demo train reproduce baseline spectron plots study results bench test soak fuzz lint clean
+.PHONY: help setup data demo train reproduce baseline v11 plots study results bench test soak fuzz lint clean
 
 help:           ## print this
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -E '^[a-z0-9]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):[^#]*## */  make \1\t/' | expand -t 18
 
 setup: $(READY) ## create the virtual environment and install what training needs
 
@@ -67,7 +67,7 @@ baseline: $(READY) ## the same with dense layers and the mask
 	@$(FETCH)
 	$(PY) $(V7) --log-file logs/v7.jsonl $(ARGS)
 
-spectron: $(READY) ## v11, the successor: low rank with controlled steps and a tied head
+v11: $(READY)   ## the successor: low rank with controlled steps, cut to a tenth of the linear parameters
 	@$(FETCH)
 	$(PY) $(V11) --log-file logs/v11.jsonl $(ARGS)
 

@@ -60,7 +60,7 @@ class Run:
     initial_rank: float | None = None  # mean over the layers; None for a dense model
     assumed: bool = False  # the initial rank is --init-rank, not the log's
     updates: list = field(default_factory=list)  # the records of rank updates inside epochs, in order
-    cuts: list = field(default_factory=list)  # those of v11's cuts
+    cuts: list = field(default_factory=list)  # the records of v11's cuts
     end: dict = field(default_factory=dict)  # the end record; empty as long as the run has not ended
 
     @property
@@ -120,7 +120,7 @@ class Run:
             return "dense"
         if self.settings.get("optimizer") in ("muon", "spectron"):
             return "controlled"
-        return "fixed" if self.settings.get("fixed_rank") else "adaptive"
+        return "fixed" if self.settings.get("fixed_rank") and not self.cuts else "adaptive"
 
     def total(self, name):
         """Sum of a quantity over all epochs, None where one is missing or does not say."""

@@ -466,11 +466,17 @@ def update_ranks(layers, controllers, ema, optimizers, args, generator):
     return update, len(resized)
 
 
-def plan_ranks(layers, controllers, ema, power_iterations, generator):
-    """update_ranks without its effects -> (what the log keeps, {index of a layer: what resize_factors gives})."""
+def finite_factors(layers) -> list:
+    """[(U, V) of each layer]. Raises TrainingError if they have grown too large for a spectrum."""
     factors = [layer.factors() for layer in layers]
     if not all(torch.isfinite(U.square().sum() * V.square().sum()) for U, V in factors):  # an upper bound of ||W||_F^2
         raise TrainingError(f"the weights of a linear layer have grown beyond what float32 can hold: {ADVICE}")
+    return factors
+
+
+def plan_ranks(layers, controllers, ema, power_iterations, generator):
+    """update_ranks without its effects -> (what the log keeps, {index of a layer: what resize_factors gives})."""
+    factors = finite_factors(layers)
     svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
     exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
@@ -990,7 +996,7 @@ def train(run):
                 watch.lap()
             loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
             if progress.due():
-                progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks() if run.controllers else [])
+                progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks())
             if device.type == "cuda" and not (updates or ends or step % 10 == 0):
                 continue  # to look at the loss is to wait for CUDA
             check_finite(loss_sum.item(), step, args, run.files.last)

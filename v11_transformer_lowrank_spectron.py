@@ -1,6 +1,6 @@
 """v11: low rank from scratch, with the steps of W = U V under control.
 
-v10's model with three changes; the first two are from "Stabilizing Native Low-Rank LLM Pretraining" (Spectron, arXiv
+v10's model with four changes; the first two are from "Stabilizing Native Low-Rank LLM Pretraining" (Spectron, arXiv
 2602.12429):
 
 1. Spectron steps the factors. The momentum of each is orthogonalised, which gives all its directions the same step,
@@ -10,12 +10,17 @@ v10's model with three changes; the first two are from "Stabilizing Native Low-R
 
 2. The factors start as the best approximation of a dense layer's own start, evenly split (spectral initialisation).
 3. The head is the token embedding's matrix (a tied head). `--no-tie-embeddings` keeps them apart.
+4. The ranks are cut six times, from rank 64 down to a tenth of a dense model's linear parameters. Each cut takes those
+   directions of all layers that matter least to the loss per parameter: s_i^2 / (m + n), where the s_i are the singular
+   values of W in the Fisher metric of its inputs and of its outputs' gradients.
 
-    python3 v11_transformer_lowrank_spectron.py                      rank 64 in all layers, at the report's size
-    python3 v11_transformer_lowrank_spectron.py --optimizer muon     without the renormalisation by norms
-    python3 v11_transformer_lowrank_spectron.py --optimizer adamw    AdamW on all parameters, as in v10
-    python3 v11_transformer_lowrank_spectron.py --share-layers       one block's linear layers for all blocks
-    python3 v11_transformer_lowrank_spectron.py --no-fixed-rank      with v10's controller
+    python3 v11_transformer_lowrank_spectron.py                             at the report's size
+    python3 v11_transformer_lowrank_spectron.py --rank-budget 0.25          down to a quarter
+    python3 v11_transformer_lowrank_spectron.py --cuts 0                    rank 64 in all layers, to the end
+    python3 v11_transformer_lowrank_spectron.py --cuts 0 --no-fixed-rank    v10's controller instead
+    python3 v11_transformer_lowrank_spectron.py --optimizer muon            without the renormalisation by norms
+    python3 v11_transformer_lowrank_spectron.py --optimizer adamw           AdamW on all parameters, as in v10
+    python3 v11_transformer_lowrank_spectron.py --share-layers              one block's linear layers for all blocks
 
 All other parameters (embeddings, norms, the head's bias) are AdamW's. Spectron and Muon keep no second moments, so
 v10's transport carries all they know through a shrink exactly. What the bound leaves out: Newton-Schulz orthogonalises
@@ -200,10 +205,10 @@ def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = fro
     return optimizers
 
 
-# ---- What a direction of W matters to the loss -----------------------------------------------------------------------
+# ---- How much a direction of W matters to the loss -------------------------------------------------------------------
 
 class Fisher(NamedTuple):
-    """The second moments of a layer y = U V x, over tokens and in float64, that say what a change of W costs."""
+    """The second moments of a layer y = U V x, over tokens, that say what a change of W costs."""
 
     H: Tensor  # (R, R), of h = V x
     D: Tensor  # (R, R), of d = U^T dL/dy, for L the sum of the losses of labels drawn from the model itself
@@ -213,9 +218,10 @@ class Fisher(NamedTuple):
 def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fisher]:
     """The Fisher of each factored layer, from batches of inputs (B, T), without dropout. Labels are drawn from the
     model's predictions: the text's own would give the gradient's second moment, which is not the loss's curvature. The
-    processes share the batches, and the result does not depend on their number but for rounding."""
+    processes share the batches, and the result does not depend on their number except for rounding. Products run in
+    the layers' own precision, sums over batches in float64."""
     layers, tokens = list(model.linears().values()), sum(batch.numel() for batch in batches)
-    sums = [[torch.zeros(layer.rank, layer.rank, dtype=torch.float64) for _ in "HD"] + [0.0] for layer in layers]
+    sums = [[torch.zeros(layer.rank, layer.rank, dtype=torch.float64) for _ in "HD"] + [0.0, 0] for layer in layers]
 
     def watch(layer, total):
         def forward(_, inputs, y):
@@ -224,11 +230,12 @@ def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fis
             def backward(gradient):
                 gradient = gradient.flatten(0, -2).to(U.dtype)
                 d = gradient @ U
-                total[1] += (d.mT @ d).double().cpu()
+                total[1] += (d.mT @ d).cpu().double()
                 total[2] += gradient.square().sum().item()
             with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
                 h = inputs[0].flatten(0, -2).to(V.dtype) @ V.mT
-                total[0] += (h.mT @ h).double().cpu()
+                total[0] += (h.mT @ h).cpu().double()
+                total[3] += len(h)  # more than tokens if blocks share the layer
             y.register_hook(backward)
         return layer.register_forward_hook(forward)
 
@@ -242,9 +249,11 @@ def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fis
         hook.remove()
     model.zero_grad(set_to_none=True)
     shares = v10.gather(sums)
-    return [Fisher(*(sum(total[part] for total in of_layer) / tokens for part in (0, 1)),
-                   sum(total[2] for total in of_layer) / tokens / layer.shape[0])
-            for layer, of_layer in zip(layers, zip(*shares, strict=True), strict=True)]
+    found = []
+    for layer, of_layer in zip(layers, zip(*shares, strict=True), strict=True):
+        H, D, squares, rows = (sum(parts) for parts in zip(*of_layer, strict=True))
+        found.append(Fisher(H / rows, D / tokens, squares / tokens / layer.shape[0]))
+    return found
 
 
 @torch.no_grad()
@@ -264,8 +273,8 @@ DAMPING = 1e-3  # of G = E[dL/dy dL/dy^T]: this much of its mean diagonal is add
 def fisher_directions(U: Tensor, fisher: Fisher, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
     """The directions of W that matter to the loss independently -> (s (R,), descending; A (R, R); B (R, R)), B A = 1.
 
-    To keep the first k is to take U A[:, :k] and B[:k] V: of all products of rank k, the one that changes
-    E[(dL/dy^T dW x)^2] least, for independent x and dL/dy. Each direction i that it drops costs about s_i^2 / 2. With
+    To keep the first k is to take U A[:, :k] and B[:k] V: of all products of rank k, the one whose change dW has the
+    least E[(dL/dy^T dW x)^2], for independent x and dL/dy. Each direction i that it drops costs about s_i^2 / 2. With
     D + damping g U^T U for D, which damps G = E[dL/dy dL/dy^T] by damping g 1, s are the singular values of D^1/2 H^1/2
     and L its left vectors; A = D^-1/2 L and B = L^T D^1/2. H is never inverted, and how W is split does not matter.
     """
@@ -284,24 +293,27 @@ def plain_directions(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return fisher_directions(U, Fisher(V @ V.mT, U.mT @ U, 0.0))
 
 
-def cut_factors(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U A and B V, for A (r, k) and B (k, r) with B A = 1, balanced -> (U' (m, k), V' (k, n), and the maps A', B' with
-    U' = U A' and V' = B' V, which transport the moments)."""
+def cut_factors(U: Tensor, V: Tensor, A: Tensor, B: Tensor, generator: torch.Generator) -> tuple:
+    """U A and B V, for A (r, k) and B (k, r) with B A = 1, balanced -> what v10.resize_factors gives: U' (m, k),
+    V' (k, n), the maps A' and B' with U' = U A' and V' = B' V, which transport the moments, and k.
+
+    If fewer than k directions are left in W, its plain truncated SVD is taken, and the others are grown afresh.
+    """
     cut_U, cut_V = U.double() @ A, B @ V.double()
     P, S, Qt = v10.product_svd(cut_U, cut_V)
-    if S[-1] > 1e-9 * S[0]:  # else there is nothing to balance with
-        new_U, new_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
-        A, B = A @ (cut_V @ new_V.mT / S), (new_U.mT @ cut_U / S[:, None]) @ B
-        cut_U, cut_V = new_U, new_V
-    return tuple(matrix.to(U.dtype) for matrix in (cut_U, cut_V, A, B))
+    if not S[-1] > 1e-9 * S[0]:
+        return v10.resize_factors(U, V, len(S), generator)
+    new_U, new_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
+    A, B = A @ (cut_V @ new_V.mT / S), (new_U.mT @ cut_U / S[:, None]) @ B
+    return *(matrix.to(U.dtype) for matrix in (new_U, new_V, A, B)), len(S)
 
 
 # ---- The budget ------------------------------------------------------------------------------------------------------
 
 def spend(budget: float, sides: list[int], scores: list[list[float]], min_rank: int) -> list[int]:
-    """Ranks for a budget of parameters: each layer, of m + n = its side, gets min_rank, and then all directions, those
-    of the highest score per parameter first, as long as they fit. `scores` are each layer's, descending; what it has
-    not is not given. Raises UserError if min_rank alone exceeds the budget."""
+    """Ranks for a budget of parameters: each layer, of m + n = its side, gets min_rank; then directions are given out,
+    those of the highest score per parameter first, as long as they fit. `scores` are each layer's, descending; no layer
+    gets more directions than it has. Raises UserError if min_rank alone exceeds the budget."""
     ranks = [min(min_rank, len(of_layer)) for of_layer in scores]
     left = budget - sum(rank * side for rank, side in zip(ranks, sides, strict=True))
     if left < 0:
@@ -326,11 +338,13 @@ def in_proportion(budget: float, sides: list[int], numbers: list[float], present
 
     def cost(scale):
         return sum(rank * side for rank, side in zip(ranks(scale), sides, strict=True))
-    low, high = 0.0, max(present) / min(numbers)
-    for _ in range(60):
+    if budget >= sum(rank * side for rank, side in zip(present, sides, strict=True)):
+        return present
+    low, high = 0.0, max(present) / max(min(numbers), 1e-9)
+    for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    return ranks(high if cost(high) <= budget else low)
+    return ranks(low)
 
 
 def gradient_groups(U_gradient: Tensor, similarity: float = 0.9) -> int:
@@ -338,20 +352,21 @@ def gradient_groups(U_gradient: Tensor, similarity: float = 0.9) -> int:
     group whose founder has a cosine of at least this to it, or founds one. The rule of the suite's first versions."""
     rows, groups = F.normalize(U_gradient.double().cpu(), dim=1), 0
     while len(rows):
-        rows, groups = rows[rows @ rows[0] < similarity], groups + 1
+        rows, groups = rows[1:][rows[1:] @ rows[0] < similarity], groups + 1
     return groups
 
 
 # ---- The cuts --------------------------------------------------------------------------------------------------------
 
-FISHER_TOKENS = 12_288  # training tokens that a cut is measured on: more do not change it (1,000 are already close)
+FISHER_TOKENS = 12_288  # training tokens that a cut is measured on
 
 
 def cut_steps(args: argparse.Namespace) -> list[int]:
-    """After which steps --cuts fall: evenly from --cut-from to --cut-to, both included; a single one at --cut-to."""
+    """After which steps --cuts fall: evenly from --cut-from to --cut-to, both included; a single one at --cut-to. None
+    falls after the last step, since nothing would recover from it."""
     total, first, last = args.epochs * args.steps_per_epoch, args.cut_from, args.cut_to
     shares = [last - (last - first) * i / max(args.cuts - 1, 1) for i in range(args.cuts)]
-    return sorted({max(1, round(total * share)) for share in shares})
+    return sorted({min(max(1, round(total * share)), max(1, total - 1)) for share in shares})
 
 
 def budget_parameters(args: argparse.Namespace, shapes: list[tuple]) -> float:
@@ -359,33 +374,42 @@ def budget_parameters(args: argparse.Namespace, shapes: list[tuple]) -> float:
     return args.rank_budget * sum(m * n if args.rank_budget <= 1 else m + n for m, n in shapes)
 
 
+def cut_due(run, step):
+    """Is it time to cut? Also after the last cut if the model is above the budget: a --resume with fewer --epochs has
+    left cuts out."""
+    steps = cut_steps(run.args)
+    return step in steps or bool(steps) and steps[-1] < step < run.total_steps and (
+        v10.count_parameters(*run.layers) > budget_parameters(run.args, [layer.shape for layer in run.layers]))
+
+
 def plan_cut(run, step, fishers, groups):
     """Decide the next cut -> (its record for the log, {index of a layer: its new factors and the maps to them})."""
-    args, layers, factors = run.args, run.layers, [layer.factors() for layer in run.layers]
+    args, layers, factors = run.args, run.layers, v10.finite_factors(run.layers)
     sides, ranks = [sum(layer.shape) for layer in layers], run.model.ranks()
-    present, final = (sum(r * side for r, side in zip(ranks, sides, strict=True)),
-                      budget_parameters(args, [layer.shape for layer in layers]))
-    left = sum(cut >= step for cut in cut_steps(args))
+    present = sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+    final = budget_parameters(args, [layer.shape for layer in layers])
+    left = max(1, sum(cut >= step for cut in cut_steps(args)))
     budget = max(present * (min(final, present) / present) ** (1 / left), final)  # each cut takes the same share
     plain = [plain_directions(U, V) for U, V in factors]
     by_fisher = [fisher_directions(U, fisher) for (U, _), fisher in zip(factors, fishers, strict=True)
                  ] if fishers else plain
-    spectra = [s.tolist() for s, _, _ in (by_fisher if args.rank_signal == "fisher" else plain)]
-    if args.rank_signal in ("fisher", "energy"):
-        new = spend(budget, sides, [[s * s for s in of_layer] for of_layer in spectra], args.min_rank)
-    else:
-        numbers = {"uniform": [1.0] * len(sides), "gradient": groups,
-                   "stable": [v10.stable_rank_of(s) for s, _, _ in plain]}[args.rank_signal]
+    spectra = [s.tolist() for s, _, _ in (plain if args.rank_signal == "energy" else by_fisher)]
+    numbers = {"uniform": [1] * len(sides), "gradient": groups,
+               "stable": [v10.stable_rank_of(s) for s, _, _ in plain]}.get(args.rank_signal)
+    if numbers:
         new = in_proportion(budget, sides, numbers, ranks, args.min_rank)
+    else:
+        new = spend(budget, sides, [[s * s for s in of_layer] for of_layer in spectra], args.min_rank)
     record = {"step": step, "metric": args.cut_metric, "signal": args.rank_signal, "budget": budget,
-              "singular_values": spectra, "ranks_before": ranks, "ranks": new}
+              "singular_values": spectra, "numbers": numbers, "ranks_before": ranks, "ranks": new}
     directions = by_fisher if args.cut_metric == "fisher" else plain
-    return record, {i: (*cut_factors(*factors[i], directions[i][1][:, :k], directions[i][2][:k]), k)
+    return record, {i: cut_factors(*factors[i], directions[i][1][:, :k], directions[i][2][:k], run.generators["rank"])
                     for i, k in enumerate(new) if k < ranks[i]}
 
 
 def cut(run, step):
-    """Cut the ranks, write the record -> how many layers were cut."""
+    """Cut the ranks, write the record -> how many layers were cut. First moments go through a cut exactly; AdamW's
+    second moments follow v10's heuristic, which may be several times off here."""
     args, model = run.args, run.model
     val_tokens = run.corpus.val.to(run.device)
     val_loss_before = v10.evaluate(model, val_tokens, args.batch_size)
@@ -432,7 +456,7 @@ def add_cut_flags(parser):
     flag("--rank-signal", choices=("fisher", "uniform", "stable", "energy", "gradient"), default="fisher",
          help="what decides how many ranks a layer gets")
     flag("--cut-metric", choices=("fisher", "plain"), default="fisher",
-         help="what decides which directions go: what they matter to the loss, or their singular values")
+         help="what decides which directions go: how much they matter to the loss, or their singular values")
 
 
 def complete_eta(args):
@@ -461,22 +485,25 @@ class LowRankSpectron(v10.Variant):
         complete_eta(args)
         C, D = args.d_model, args.d_ff
         shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
-        budget, least = budget_parameters(args, shapes), args.min_rank * sum(map(sum, shapes))
+        if args.cuts and args.optimizer_on_resize == "reinit":
+            raise v10.UserError("cuts carry the optimizers' state: --optimizer-on-resize reinit needs --cuts 0")
         if args.cuts and not args.fixed_rank:
             raise v10.UserError("--cuts and --no-fixed-rank exclude each other: --cuts 0 leaves the ranks to v10's "
                                 "controller")
-        if args.cuts and args.cut_to < args.cut_from:
+        if args.cuts > 1 and args.cut_to < args.cut_from:
             raise v10.UserError(f"--cut-to {args.cut_to} is before --cut-from {args.cut_from}")
-        if args.cuts and budget < least:
-            raise v10.UserError(f"--rank-budget {args.rank_budget:g} allows {budget:,.0f} parameters in the linear "
-                                f"layers, and --min-rank {args.min_rank} needs {least:,}")
+        if args.cuts:  # raises UserError if --min-rank is too much
+            spend(budget_parameters(args, shapes), list(map(sum, shapes)), [[0.0] * args.min_rank] * len(shapes),
+                  args.min_rank)
 
     def rank_update_due(self, run, step):
-        return super().rank_update_due(run, step) or step in cut_steps(run.args)
+        return super().rank_update_due(run, step) or cut_due(run, step)
 
     def update_ranks(self, run, step):
-        update, resized = super().update_ranks(run, step)
-        return update, resized + (cut(run, step) if step in cut_steps(run.args) else 0)
+        update, resized = run.state.part.update, 0
+        if super().rank_update_due(run, step):
+            update, resized = super().update_ranks(run, step)
+        return update, resized + (cut(run, step) if cut_due(run, step) else 0)
 
     def linear(self, n, m, rank):
         layer = super().linear(n, m, rank)

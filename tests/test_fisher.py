@@ -1,6 +1,8 @@
 """The Fisher cut: what it measures, which directions it keeps, what becomes of the momentum, and the budget."""
 import argparse
 import itertools
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import RANKS, records, untimed
+from test_safety import at_call
 from test_spectra import factors, relative
 
 
@@ -58,7 +61,8 @@ def test_the_maps_undo_each_other_and_keeping_all_directions_changes_nothing(dam
     U, V, G, C, fisher = layer()
     _, A, B = v11.fisher_directions(U, fisher, damping)
     assert relative(B @ A, torch.eye(6, dtype=torch.float64)) < 1e-9
-    new_U, new_V, A, B = v11.cut_factors(U, V, A, B)
+    new_U, new_V, A, B, carried = v11.cut_factors(U, V, A, B, None)
+    assert carried == 6
     assert relative(new_U @ new_V, U @ V) < 1e-9
     assert relative(B @ A, torch.eye(6, dtype=torch.float64)) < 1e-9
 
@@ -95,7 +99,7 @@ def test_the_plain_cut_is_the_truncated_svd_and_so_is_the_fisher_cut_for_white_i
 def test_cut_factors_are_balanced_and_come_from_their_maps():
     U, V, G, C, fisher = layer()
     _, A, B = v11.fisher_directions(U, fisher)
-    new_U, new_V, A_, B_ = v11.cut_factors(U, V, A[:, :3], B[:3])
+    new_U, new_V, A_, B_, _ = v11.cut_factors(U, V, A[:, :3], B[:3], None)
     assert relative(new_U @ new_V, U @ A[:, :3] @ B[:3] @ V) < 1e-9
     assert relative(new_U.T @ new_U, new_V @ new_V.T) < 1e-9
     assert relative(U @ A_, new_U) < 1e-9
@@ -119,21 +123,28 @@ def test_momentum_through_a_cut_is_that_of_the_same_history_fed_to_the_cut_facto
 
     ours, optimizer = fed(U, V)
     _, A, B = v11.fisher_directions(U, fisher)
-    new_U, new_V, *maps = v11.cut_factors(U, V, A[:, :3], B[:3])
+    new_U, new_V, *maps = v11.cut_factors(U, V, A[:, :3], B[:3], None)
     ours.set_factors(new_U, new_V)
-    v10.transport_moments(optimizer, ours, *maps, 3)
+    v10.transport_moments(optimizer, ours, *maps)
     theirs, reference = fed(new_U, new_V)
     for one, other in ((ours.U, theirs.U), (ours.V, theirs.V)):
         assert relative(optimizer.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"]) < 1e-9
 
 
-def test_a_layer_of_zeros_is_cut_too():
-    U, V = torch.zeros(10, 6), factors(10, 12, 6)[1].float()
+@pytest.mark.parametrize("left", [0, 2])
+def test_directions_that_w_does_not_have_are_grown_so_that_they_can_learn(left):
+    """A layer without a gradient, and one of which only `left` directions are not zero."""
+    U, V = factors(10, 12, 6)
+    few = U * (torch.arange(6) < left)
     nothing = torch.zeros(6, 6, dtype=torch.float64)
-    for _, A, B in (v11.plain_directions(U, V), v11.fisher_directions(U, v11.Fisher(nothing, nothing, 0.0))):
-        new_U, new_V, *maps = v11.cut_factors(U, V, A[:, :3], B[:3])
+    for U_, fisher in ((U, v11.Fisher(nothing, nothing, 0.0)), (few, v11.Fisher(V @ V.T, few.T @ few, 0.0))):
+        _, A, B = v11.fisher_directions(U_, fisher)
+        new_U, new_V, *maps, carried = v11.cut_factors(U_, V, A[:, :3], B[:3], torch.Generator().manual_seed(0))
         assert (new_U.shape, new_V.shape) == ((10, 3), (3, 12))
         assert all(torch.isfinite(matrix).all() for matrix in (new_U, new_V, *maps))
+        assert carried == (3 if U_ is U else left)
+        if left or U_ is U:
+            assert new_V.norm(dim=1).min() > 0.1, "a row of zeros never learns"
 
 
 # ---- Measuring it ----------------------------------------------------------------------------------------------------
@@ -196,14 +207,14 @@ def test_measuring_is_the_same_again_and_for_any_share_of_the_processes(monkeypa
     assert model.training
     shares = []
     monkeypatch.setattr(v10, "process_count", lambda: 2)
+    monkeypatch.setattr(v10, "gather", lambda sums: shares.append(sums) or shares)  # the second one has both
     for index in range(2):
         monkeypatch.setattr(v10, "process_index", lambda index=index: index)
-        monkeypatch.setattr(v10, "gather", lambda sums: [sums])
-        shares.append(v11.measure_fisher(model, batches(), seed=4))
-    for one, *parts in zip(whole, *shares, strict=True):
-        assert relative(sum(part.H for part in parts), one.H) < 1e-12
-        assert relative(sum(part.D for part in parts), one.D) < 1e-12
-        assert sum(part.g for part in parts) == pytest.approx(one.g)
+        found = v11.measure_fisher(model, batches(), seed=4)
+    for one, both in zip(whole, found, strict=True):
+        assert relative(both.H, one.H) < 1e-12
+        assert relative(both.D, one.D) < 1e-12
+        assert both.g == pytest.approx(one.g)
 
 
 # ---- The budget ------------------------------------------------------------------------------------------------------
@@ -238,6 +249,8 @@ def test_ranks_in_proportion_fill_the_budget_between_their_bounds():
     assert sum(rank * side for rank, side in zip(ranks, sides, strict=True)) <= 600
     assert ranks == [5, 11, 22]
     assert v11.in_proportion(10_000, sides, [1.0, 2.0, 4.0], present, 4) == present
+    assert v11.in_proportion(1e9, sides, [3.7, 7.4, 0.0], present, 4) == present
+    assert v11.in_proportion(500, sides, [0.0, 1.0, 1.0], present, 4) == [4, 15, 15]
     assert v11.in_proportion(300, sides, [1.0, 1.0, 100.0], present, 4) == [4, 4, 11]
 
 
@@ -261,22 +274,52 @@ def test_every_signal_and_metric_ends_within_the_budget_and_in_equal_shares(run,
     sizes = [linear_parameters(first, ranks) for ranks in (first["initial_ranks"], *(cut["ranks"] for cut in cuts))]
     smallest = min(sum(layer["shape"]) for layer in first["layers"])
     assert 0.4 * dense - 2 * smallest * (12 if "uniform" in flags else 2) < sizes[-1] <= 0.4 * dense
-    for before, after, cut in zip(sizes, sizes[1:], cuts, strict=False):
+    for i, (before, after, cut) in enumerate(zip(sizes, sizes[1:], cuts, strict=False)):
         assert after <= cut["budget"] < before
-    assert cuts[0]["budget"] / sizes[0] == pytest.approx((0.4 * dense / sizes[0]) ** (1 / 4))
+        assert cut["budget"] / before == pytest.approx((0.4 * dense / before) ** (1 / (4 - i)))
     assert epochs[-1]["ranks"] == cuts[-1]["ranks"]
     assert cuts[0]["ranks_before"] == first["initial_ranks"]
     assert len(set(cuts[-1]["ranks"])) == 1 or "uniform" not in flags
     assert linear_parameters(first, epochs[-1]["ranks"]) == epochs[-1]["factor_params_millions"] * 1e6
 
 
-@pytest.mark.parametrize("signal", ["fisher", "energy"])
-def test_the_decisions_replay_from_the_log(run, signal):
-    log = run("--rank-signal", signal, main=v11.main, ranks=CUTS)
+@pytest.mark.parametrize("decider", ["fisher", "energy", "stable", "gradient", "uniform"])
+def test_the_decisions_replay_from_the_log(run, decider):
+    log = run("--rank-signal", decider, "--cut-metric", "fisher" if decider == "fisher" else "plain", main=v11.main,
+              ranks=CUTS)
     sides = [sum(layer["shape"]) for layer in records(log, "run")[0]["layers"]]
     for cut in records(log, "cut"):
-        scores = [[s * s for s in of_layer] for of_layer in cut["singular_values"]]
-        assert v11.spend(cut["budget"], sides, scores, 2) == cut["ranks"]
+        spectra = [torch.tensor(of_layer) for of_layer in cut["singular_values"]]
+        if decider in ("fisher", "energy"):
+            ranks = v11.spend(cut["budget"], sides, [s.square().tolist() for s in spectra], 2)
+        else:
+            ranks = v11.in_proportion(cut["budget"], sides, cut["numbers"], cut["ranks_before"], 2)
+        assert ranks == cut["ranks"]
+        if decider == "stable":
+            assert cut["numbers"] == pytest.approx([v10.stable_rank_of(s) for s in spectra], rel=1e-5)
+        if decider == "gradient":
+            assert all(isinstance(number, int) and 1 <= number <= 32 for number in cut["numbers"])
+    assert (decider == "uniform") == (len(set(cut["ranks"])) == 1)
+
+
+def test_a_resume_with_fewer_epochs_still_ends_within_the_budget(run, monkeypatch):
+    flags = [*CUTS, "--epochs", "10", "--lr-schedule", "constant"]
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", at_call(12, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run(*flags, main=v11.main, ranks=[], code=143)
+    log = run(*flags, "--epochs", 3, "--resume", main=v11.main, ranks=[])
+    first, = records(log, "run")
+    assert linear_parameters(first, records(log, "epoch")[-1]["ranks"]) <= first["rank_budget"] * sum(
+        m * n for m, n in (layer["shape"] for layer in first["layers"]))
+
+
+@pytest.mark.parametrize("flags", [["--share-layers"], ["--optimizer", "adamw"], ["--no-tie-embeddings"]])
+def test_cuts_fit_shared_layers_untied_heads_and_adamw(run, flags):
+    log = run(*flags, main=v11.main, ranks=CUTS)
+    assert len(records(log, "cut")) == 4
+    model, _ = v10.load_model(log.with_suffix(".pt"))
+    assert model.ranks() == records(log, "cut")[-1]["ranks"]
+    assert len(model.ranks()) == (6 if "--share-layers" in flags else 12)
 
 
 def test_a_budget_above_the_present_size_changes_nothing(run):
@@ -305,8 +348,10 @@ def test_cuts_fall_evenly_between_their_ends():
     assert at(cuts=1) == [416]
     assert at(cuts=0) == []
     assert at(epochs=1, steps_per_epoch=3) == [1, 2]
+    assert at(cut_to=0.9999)[-1] == 639, "none falls after the last step"
 
 
 def test_similar_gradients_are_one_group():
     rows = torch.tensor([[1.0, 0], [2, 0.1], [0, 1], [-1, 0], [0, 3]])
     assert v11.gradient_groups(rows) == 3
+    assert v11.gradient_groups(torch.zeros(3, 2)) == 3

@@ -140,8 +140,9 @@ OF_V11 = [
     (["--init-rank", "17"], "--init-rank 17 is not between 1 and 16"), (["--data-file", "tail"], "a block needs 9"),
     (["--init-rank", "17", "--no-fixed-rank", "--cuts", "0"], "--init-rank 17 is not between 2 and 16"),
     (["--no-fixed-rank"], "--cuts and --no-fixed-rank exclude each other"), (["--cuts", "-1"], "at least 0"),
+    (["--optimizer-on-resize", "reinit"], "--optimizer-on-resize reinit needs --cuts 0"),
     (["--cut-from", "0.7"], "--cut-to 0.65 is before --cut-from 0.7"), (["--cut-to", "1"], "below 1"),
-    (["--rank-budget", "0"], "above 0"), (["--rank-budget", "0.2"], "and --min-rank 2 needs 896"),
+    (["--rank-budget", "0"], "above 0"), (["--rank-budget", "0.1"], "and --min-rank 2 needs 896"),
     (["--rank-budget", "1.5"], "allows 672 parameters in the linear layers, and --min-rank 2 needs 896"),
     (["--rank-signal", "entropy"], "invalid choice"), (["--cut-metric", "cosine"], "invalid choice")]
 OF_PLOT_LOGS = [  # more in test_plot_logs.py

@@ -173,10 +173,10 @@ def test_a_bad_line_is_an_error_with_file_and_line(report, capsys, line, said):
 
 
 def test_a_record_of_an_unknown_kind_is_left_out_with_a_warning(report, capsys):
-    report.write_text('{"kind": "cut", "step": 3}\n' + report.read_text())
+    report.write_text('{"kind": "other", "step": 3}\n' + report.read_text())
     plot(report)
     captured = capsys.readouterr()
-    assert "report.jsonl:1: left out: a record of an unknown kind, 'cut'" in captured.err
+    assert "report.jsonl:1: left out: a record of an unknown kind, 'other'" in captured.err
     assert cells(captured.out, "25")[2] == "3.327"
 
 

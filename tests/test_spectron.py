@@ -361,8 +361,9 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
             run(*flags, "--checkpoint-minutes", 1e-6, **settings)
     log = run(*flags, "--checkpoint-minutes", 1e-6, "--resume", **settings)
     assert records(log, "resume")[0]["step"] == 13
-    for kind in ("epoch", "ranks", "end"):
+    for kind in ("epoch", "ranks", "cut", "end"):
         assert untimed(log, kind) == untimed(straight, kind)
+    assert len(records(log, "cut")) == 7 * (how == "cuts")
     assert records(log, "ranks") or "--rank-interval" not in flags
     last, end = v10.load(log.with_suffix(".pt")), records(log, "end")[0]
     assert all(torch.equal(value, v10.load(straight.with_suffix(".pt"))["model"][name])
@@ -385,6 +386,8 @@ def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     one = run(*flags, main=main, ranks=[])
+    assert [cut["ranks"] for cut in records(tmp_path / "two.jsonl", "cut")] == [
+        cut["ranks"] for cut in records(one, "cut")]
     for ours, theirs in zip(records(one, "epoch"), records(tmp_path / "two.jsonl", "epoch"), strict=True):
         assert theirs["ranks"] == ours["ranks"]
         assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-4)

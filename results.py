@@ -295,8 +295,7 @@ def epochs(run):
 def tries(study):
     """What each arm of v11's comparison was tuned on: seed 0."""
     rows = []
-    arms = {name.removeprefix("try_").rpartition("_")[0] for name in study.groups if name.startswith("try_")}
-    for arm in sorted(sorted(arms), key=lambda arm: [*STEPS].index(arm.removesuffix("_tied"))):
+    for arm in ARMS:
         losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
         label = STEPS[arm.removesuffix("_tied")]
         tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
@@ -332,12 +331,13 @@ def norms(study):
 TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
-TABLES_OF_STEPS = {"steps": steps, "tries": tries, "norms": norms}  # if the study has v11's comparison
+TABLES_OF_STEPS = {"steps": steps, "norms": norms}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
           "untrained", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
-NEEDED_FOR_STEPS = {*map(tied, STEPS), "dense_adamw", "dense_muon", "first_dense_adamw_tied", "first_rank64_adamw",
-                    "first_rank16_adamw"}
+ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dict.fromkeys((name, tied(name)))]
+NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
+NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
 
 def filled(page, tables):
@@ -482,6 +482,14 @@ FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": compariso
 FIGURES_OF_STEPS = {"steps": steps_figure, "telemetry": telemetry_figure}
 
 
+def available(study):
+    """-> (tables, figures), {name: function} each; those of v11's comparison as far as the study has it."""
+    has_tries = set(study.groups) >= NEEDED_FOR_TRIES
+    has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
+    return (TABLES | ({"tries": tries} if has_tries else {}) | (TABLES_OF_STEPS if has_steps else {}),
+            FIGURES | (FIGURES_OF_STEPS if has_steps else {}))
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -500,9 +508,8 @@ def main(argv=None):
         if not args.out and args.study.resolve() != REFERENCE:
             raise LogError(f"the pages here show {REFERENCE.relative_to(HERE)}: --out names a folder for the results "
                            f"of {args.study}")
-        has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
-        figures = FIGURES | (FIGURES_OF_STEPS if has_steps else {})
-        tables = {name: table(study) for name, table in (TABLES | (TABLES_OF_STEPS if has_steps else {})).items()}
+        tables, figures = available(study)
+        tables = {name: table(study) for name, table in tables.items()}
         folder = (args.out or args.study) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         if args.out:

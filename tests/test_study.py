@@ -219,13 +219,14 @@ def test_a_probe_tells_a_model_that_copies_what_comes_next_from_one_that_does_no
 
 def test_the_tables_of_the_pages_are_those_of_the_reference_logs():
     found = results.Study(REFERENCE)
-    tables, shown = {name: table(found) for name, table in results.TABLES.items()}, []
+    tables, figures = results.available(found)
+    tables, shown = {name: table(found) for name, table in tables.items()}, []
     for name in results.PAGES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert results.filled(page, tables) == page
         shown += re.findall("<!-- table (.*) -->", page)
     assert sorted(shown) == sorted(tables)
-    for name in results.FIGURES:
+    for name in figures:
         assert (REFERENCE / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -291,8 +292,9 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
     readme = (ROOT / "README.md").read_bytes()
     assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "tables.md").read_text().count("\n## ") == len(results.TABLES) - 1
-    assert all((tmp_path / "figures" / f"{name}.pdf").stat().st_size > 5000 for name in results.FIGURES)
+    tables, figures = results.available(results.Study(REFERENCE))
+    assert (tmp_path / "tables.md").read_text().count("\n## ") == len(tables) - 1
+    assert all((tmp_path / "figures" / f"{name}.pdf").stat().st_size > 5000 for name in figures)
     assert (ROOT / "README.md").read_bytes() == readme
 
 

@@ -373,7 +373,8 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
     corpus = v10.load_corpus(run.folder / "text.tokens", 0.1, 8)
     assert v10.evaluate(model, corpus.val, 4) == pytest.approx(end["final_val_loss"], rel=1e-6)
     assert v10.count_parameters(model) == records(log, "epoch")[-1]["params_millions"] * 1e6
-    assert plot_logs.main([str(log), "--out", str(run.folder / "figures")]) == 0
+    if how in ("cuts", "muon, shared", "dense, muon", "self-guided"):  # it takes seconds
+        assert plot_logs.main([str(log), "--out", str(run.folder / "figures")]) == 0
 
 
 @pytest.mark.parametrize("how", ["spectron", "muon, shared", "cuts", "self-guided"])

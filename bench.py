@@ -103,9 +103,7 @@ def make_step(kind, args):
         optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)]
     else:
         variant = v11.LowRankSpectron() if kind == "spectron" else v10.Variant()
-        settings = v10.build_parser(variant).parse_args([])
-        variant.complete(settings)
-        optimizers = variant.make_optimizers(model, settings)
+        optimizers = variant.make_optimizers(model, v10.parse_flags(variant, []))
     if kind == "compiled":
         v10.compile_blocks(model)
     trained, generator = v10.parallel(model), torch.Generator().manual_seed(0)

@@ -25,7 +25,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -211,7 +210,7 @@ class Study:
 
     def parse(self, command):
         """The flags of a command that names no other run."""
-        return v10.build_parser(variant_of(command)).parse_args(shlex.split(self.fill(command, seed=0))[1:])
+        return v10.parse_flags(variant_of(command), shlex.split(self.fill(command, seed=0))[1:])
 
     def fill(self, command, seed):
         """A command with its placeholders filled in."""
@@ -421,10 +420,8 @@ def ngram_losses(train, val):
 
 def stepper(corpus, device, variant, args, ranks=None):
     """-> (a function that takes a step of training as these flags ask and gives its seconds, the model)."""
-    variant.complete(args)
     left = iter(ranks) if ranks else itertools.repeat(getattr(args, "init_rank", None))
-    config = v10.GPTConfig(len(corpus.vocabulary),
-                           *(getattr(args, setting.name) for setting in fields(v10.GPTConfig)[1:]))
+    config = v10.GPTConfig.of_flags(args, len(corpus.vocabulary))
     model = v10.GPT(config, lambda n, m: variant.linear(n, m, next(left))).to(device)
     dtype = v10.choose_dtype(device, args.d_model)[0] if args.dtype == "auto" else args.dtype
     model.low_precision = dtype == "bfloat16"

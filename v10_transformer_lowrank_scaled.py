@@ -113,6 +113,13 @@ def product_svds(factors: list) -> list:
         torch.set_num_threads(threads)
 
 
+def balanced_factors(U: Tensor, V: Tensor, P: Tensor, S: Tensor, Qt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split leading singular values of U V evenly -> U' = P S^1/2 and V' = S^1/2 Q^T, and the maps A = V V'^T S^-1 and
+    B = S^-1 U'^T U with which U' = U A and V' = B V."""
+    new_U, new_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
+    return new_U, new_V, V @ new_V.mT / S, new_U.mT @ U / S[:, None]
+
+
 def resize_factors(U: Tensor, V: Tensor, k: int, generator: torch.Generator, svd: tuple | None = None) -> tuple:
     """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
 
@@ -135,8 +142,7 @@ def resize_factors(U: Tensor, V: Tensor, k: int, generator: torch.Generator, svd
         negligible = 1e-5 * torch.finfo(S.dtype).eps / torch.finfo(torch.float32).eps
         carried = min(k, int((S > negligible * S[0]).sum()))
         P, S, Qt = P[:, :carried], S[:carried], Qt[:carried]
-        kept_U, kept_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
-        A, B = V @ kept_V.mT / S, kept_U.mT @ U / S[:, None]
+        kept_U, kept_V, A, B = balanced_factors(U, V, P, S, Qt)
         scale = kept_V.norm(dim=1).mean() if carried else scale
     new = k - carried
     if not new:
@@ -261,6 +267,11 @@ class GPTConfig:
     tokenize: str = "words"
     tie_embeddings: bool = False
     share_layers: bool = False
+
+    @classmethod
+    def of_flags(cls, args: argparse.Namespace, vocab_size: int) -> "GPTConfig":
+        """Each setting but the vocabulary's size has a flag of its own name."""
+        return cls(vocab_size, *(getattr(args, setting.name) for setting in fields(cls)[1:]))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
@@ -455,15 +466,21 @@ def update_ranks(layers, controllers, ema, optimizers, args, generator):
     -> (what the log keeps of it, how many layers were resized). Process 0 does the work and shares the new factors.
     """
     update, resized = once(plan_ranks, layers, controllers, ema, args.power_iterations, generator)
+    if not resized:
+        return update, 0
+    transported = args.optimizer_on_resize == "transport"
+    apply_resizes(layers, resized, optimizers if transported else [])
+    for optimizer in [] if transported else optimizers:
+        optimizer.state.clear()  # report A.2: the state of every parameter is lost
+    return update, len(resized)
+
+
+def apply_resizes(layers, resized, optimizers):
+    """Give layers their new factors, {index: what resize_factors gives}, and carry these optimizers' moments along."""
     for i, (U, V, *maps) in resized.items():
         layers[i].set_factors(U, V)
-        if args.optimizer_on_resize == "transport":
-            for optimizer in optimizers:
-                transport_moments(optimizer, layers[i], *maps)
-    if resized and args.optimizer_on_resize == "reinit":
         for optimizer in optimizers:
-            optimizer.state.clear()  # report A.2: the state of every parameter is lost
-    return update, len(resized)
+            transport_moments(optimizer, layers[i], *maps)
 
 
 def finite_factors(layers) -> list:
@@ -877,8 +894,7 @@ def build_run(request):
         model = build_model(checkpoint, variant.linear)
     else:
         ranks = itertools.chain(request.initial_ranks, itertools.repeat(getattr(args, "init_rank", None)))
-        config = GPTConfig(len(request.corpus.vocabulary),
-                           *(getattr(args, setting.name) for setting in fields(GPTConfig)[1:]))
+        config = GPTConfig.of_flags(args, len(request.corpus.vocabulary))
         model = GPT(config, lambda n, m: variant.linear(n, m, next(ranks)))
         if request.initial_ranks and request.initial_ranks != model.ranks():
             raise UserError(f"{args.ranks_from} does not end with the ranks of {len(model.ranks())} layers: "
@@ -1766,6 +1782,13 @@ def build_parser(variant: Variant) -> Parser:
     return parser
 
 
+def parse_flags(variant: Variant, argv: list[str]) -> argparse.Namespace:
+    """A variant's flags, complete. Raises UserError."""
+    args = build_parser(variant).parse_args(argv)
+    variant.complete(args)
+    return args
+
+
 def add_model_flags(parser):
     flag = parser.add_argument_group("data").add_argument
     flag("--data-file", type=PATH, default=DEFAULT_DATA,
@@ -1861,7 +1884,6 @@ def check_ranks(ranks, source, args):
 def read_request(args, variant, command, locks):
     """Find whatever is wrong with what the flags ask for before any long work, and lock its files in the ExitStack
     `locks` -> Request, or None if the run is finished already."""
-    variant.complete(args)
     check_flags(args)
     device = pick_device(args.device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
@@ -1923,7 +1945,7 @@ def run_command(argv, variant):
         if dist.is_torchelastic_launched():
             dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
             gather("connected")  # before that, the end of one would look like a crash to the others
-        args = build_parser(variant).parse_args(argv)
+        args = parse_flags(variant, argv)
         command = shlex.join([variant.name] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         with contextlib.ExitStack() as locks:
             signal_number, request = 0, read_request(args, variant, command, locks)

@@ -83,8 +83,7 @@ class SelfGuided(v11.LowRankSpectron):
     def before_step(self, run, step):
         """alpha, and which layers use their guide: the same in every process, and after a resume."""
         alpha = guide_share(step, run.total_steps)
-        seed = (1_000_003 * run.args.seed + step) % 2**63
-        draws = torch.rand(len(run.layers), generator=torch.Generator().manual_seed(seed))
+        draws = torch.rand(len(run.layers), generator=v11.seeded(run.args.seed, step))
         for layer, draw in zip(run.layers, draws.tolist(), strict=True):
             layer.uses_guide = draw < alpha
             if layer.guide is not None:

@@ -205,6 +205,12 @@ def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = fro
     return optimizers
 
 
+def seeded(seed: int, number: int) -> torch.Generator:
+    """A random generator for something numbered in a run, such as a step: the same in every process and after a
+    resume."""
+    return torch.Generator().manual_seed((1_000_003 * seed + number) % 2**63)
+
+
 # ---- How much a direction of W matters to the loss -------------------------------------------------------------------
 
 class Fisher(NamedTuple):
@@ -243,7 +249,7 @@ def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fis
     with v10.evaluation_mode(model), torch.enable_grad():
         for i, batch in [*enumerate(batches)][v10.process_index()::v10.process_count()]:
             x = model.features(batch)  # (B, T, C)
-            labels = draw_labels(model, x.detach(), torch.Generator().manual_seed((1_000_003 * seed + i) % 2**63))
+            labels = draw_labels(model, x.detach(), seeded(seed, i))
             (model.loss(x, labels) * labels.numel()).backward()
     for hook in hooks:
         hook.remove()
@@ -303,19 +309,23 @@ def cut_factors(U: Tensor, V: Tensor, A: Tensor, B: Tensor, generator: torch.Gen
     P, S, Qt = v10.product_svd(cut_U, cut_V)
     if not S[-1] > 1e-9 * S[0]:
         return v10.resize_factors(U, V, len(S), generator)
-    new_U, new_V = P * S.sqrt(), S.sqrt()[:, None] * Qt
-    A, B = A @ (cut_V @ new_V.mT / S), (new_U.mT @ cut_U / S[:, None]) @ B
-    return *(matrix.to(U.dtype) for matrix in (new_U, new_V, A, B)), len(S)
+    new_U, new_V, balance_A, balance_B = v10.balanced_factors(cut_U, cut_V, P, S, Qt)
+    return *(matrix.to(U.dtype) for matrix in (new_U, new_V, A @ balance_A, balance_B @ B)), len(S)
 
 
 # ---- The budget ------------------------------------------------------------------------------------------------------
+
+def size(ranks: list[int], sides: list[int]) -> int:
+    """The parameters of layers of these ranks, of m + n = their side."""
+    return sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+
 
 def spend(budget: float, sides: list[int], scores: list[list[float]], min_rank: int) -> list[int]:
     """Ranks for a budget of parameters: each layer, of m + n = its side, gets min_rank; then directions are given out,
     those of the highest score per parameter first, as long as they fit. `scores` are each layer's, descending; no layer
     gets more directions than it has. Raises UserError if min_rank alone exceeds the budget."""
     ranks = [min(min_rank, len(of_layer)) for of_layer in scores]
-    left = budget - sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+    left = budget - size(ranks, sides)
     if left < 0:
         raise v10.UserError(f"--rank-budget allows {budget:,.0f} parameters in the linear layers, and --min-rank "
                             f"{min_rank} needs {budget - left:,.0f}")
@@ -336,14 +346,12 @@ def in_proportion(budget: float, sides: list[int], numbers: list[float], present
     def ranks(scale):
         return [min(max(int(scale * number), min_rank), rank) for number, rank in zip(numbers, present, strict=True)]
 
-    def cost(scale):
-        return sum(rank * side for rank, side in zip(ranks(scale), sides, strict=True))
-    if budget >= sum(rank * side for rank, side in zip(present, sides, strict=True)):
+    if budget >= size(present, sides):
         return present
     low, high = 0.0, max(present) / max(min(numbers), 1e-9)
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        low, high = (middle, high) if size(ranks(middle), sides) <= budget else (low, middle)
     return ranks(low)
 
 
@@ -386,7 +394,7 @@ def plan_cut(run, step, fishers, groups):
     """Decide the next cut -> (its record for the log, {index of a layer: its new factors and the maps to them})."""
     args, layers, factors = run.args, run.layers, v10.finite_factors(run.layers)
     sides, ranks = [sum(layer.shape) for layer in layers], run.model.ranks()
-    present = sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+    present = size(ranks, sides)
     final = budget_parameters(args, [layer.shape for layer in layers])
     left = max(1, sum(cut >= step for cut in cut_steps(args)))
     budget = max(present * (min(final, present) / present) ** (1 / left), final)  # each cut takes the same share
@@ -416,15 +424,11 @@ def cut(run, step):
     groups = [gradient_groups(layer.U.grad) for layer in run.layers] if args.rank_signal == "gradient" else []
     fishers = []
     if "fisher" in (args.rank_signal, args.cut_metric):
-        generator = torch.Generator().manual_seed((1_000_003 * args.seed + step) % 2**63)
         windows, _ = v10.sample_batch(run.corpus.train, max(1, FISHER_TOKENS // args.block_size), args.block_size,
-                                      generator)
+                                      seeded(args.seed, step))
         fishers = measure_fisher(model, windows.to(run.device).split(max(1, 2048 // args.block_size)), args.seed + step)
     record, resized = v10.once(plan_cut, run, step, fishers, groups)
-    for i, (U, V, *maps) in resized.items():
-        run.layers[i].set_factors(U, V)
-        for optimizer in run.optimizers:
-            v10.transport_moments(optimizer, run.layers[i], *maps)
+    v10.apply_resizes(run.layers, resized, run.optimizers)
     v10.write_record(run.files.log, "cut", **record, val_loss_before=val_loss_before,
                      val_loss=v10.evaluate(model, val_tokens, args.batch_size))
     return len(resized)
@@ -483,18 +487,19 @@ class LowRankSpectron(v10.Variant):
 
     def complete(self, args):
         complete_eta(args)
-        C, D = args.d_model, args.d_ff
-        shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
-        if args.cuts and args.optimizer_on_resize == "reinit":
+        if not args.cuts:
+            return
+        if args.optimizer_on_resize == "reinit":
             raise v10.UserError("cuts carry the optimizers' state: --optimizer-on-resize reinit needs --cuts 0")
-        if args.cuts and not args.fixed_rank:
+        if not args.fixed_rank:
             raise v10.UserError("--cuts and --no-fixed-rank exclude each other: --cuts 0 leaves the ranks to v10's "
                                 "controller")
         if args.cuts > 1 and args.cut_to < args.cut_from:
             raise v10.UserError(f"--cut-to {args.cut_to} is before --cut-from {args.cut_from}")
-        if args.cuts:  # raises UserError if --min-rank is too much
-            spend(budget_parameters(args, shapes), list(map(sum, shapes)), [[0.0] * args.min_rank] * len(shapes),
-                  args.min_rank)
+        C, D = args.d_model, args.d_ff
+        shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
+        spend(budget_parameters(args, shapes), list(map(sum, shapes)), [[0.0] * args.min_rank] * len(shapes),
+              args.min_rank)  # raises UserError if --min-rank is too much
 
     def rank_update_due(self, run, step):
         return super().rank_update_due(run, step) or cut_due(run, step)

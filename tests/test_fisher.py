@@ -10,6 +10,7 @@ import torch
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import RANKS, records, untimed
+from test_optimizer import feed, history, layer_and_optimizer
 from test_safety import at_call
 from test_spectra import factors, relative
 
@@ -109,24 +110,14 @@ def test_cut_factors_are_balanced_and_come_from_their_maps():
 @pytest.mark.parametrize("kind", [v11.FactorMuon, v11.Spectron])
 def test_momentum_through_a_cut_is_that_of_the_same_history_fed_to_the_cut_factors(kind):
     U, V, G, C, fisher = layer()
-    g = torch.Generator().manual_seed(3)
-    history = [torch.randn(10, 12, generator=g, dtype=torch.float64) for _ in range(7)]
-
-    def fed(U, V):
-        made = v10.LowRankLinearAdaptiveSpectral(12, 10, 1).double()
-        made.set_factors(U, V)
-        optimizer = kind([made.U, made.V], lr=0.0)
-        for gradient in history:
-            made.U.grad, made.V.grad = gradient @ made.V.detach().T, made.U.detach().T @ gradient
-            optimizer.step()
-        return made, optimizer
-
-    ours, optimizer = fed(U, V)
+    ours, optimizer = layer_and_optimizer(U, V, make=kind)
+    feed(ours, optimizer, history(10, 12))
     _, A, B = v11.fisher_directions(U, fisher)
     new_U, new_V, *maps = v11.cut_factors(U, V, A[:, :3], B[:3], None)
     ours.set_factors(new_U, new_V)
     v10.transport_moments(optimizer, ours, *maps)
-    theirs, reference = fed(new_U, new_V)
+    theirs, reference = layer_and_optimizer(new_U, new_V, make=kind)
+    feed(theirs, reference, history(10, 12))
     for one, other in ((ours.U, theirs.U), (ours.V, theirs.V)):
         assert relative(optimizer.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"]) < 1e-9
 

@@ -16,11 +16,11 @@ def adamw(parameters, lr=LR, **settings):
     return optimizer
 
 
-def layer_and_optimizer(U, V, lr=0.0):
-    """A layer with these factors; with a learning rate of zero AdamW collects moments and leaves them alone."""
+def layer_and_optimizer(U, V, lr=0.0, make=adamw):
+    """A layer with these factors; with a learning rate of zero an optimizer collects moments and leaves them alone."""
     layer = v10.LowRankLinearAdaptiveSpectral(V.shape[1], U.shape[0], 1).to(U.dtype)
     layer.set_factors(U, V)
-    return layer, adamw(layer.parameters(), lr, weight_decay=0.0)
+    return layer, make(layer.parameters(), lr, weight_decay=0.0)
 
 
 def feed(layer, optimizer, history):

@@ -12,6 +12,7 @@ import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_selfguided as selfguided
 import v11_transformer_lowrank_spectron as v11
 from conftest import RANKS, ROOT, SMALL, records, untimed
+from test_optimizer import feed, history, layer_and_optimizer
 from test_parallel import TORCHRUN
 from test_safety import Killed, at_call, die
 from test_spectra import factors, relative
@@ -162,23 +163,14 @@ def test_permuted_or_flipped_directions_permute_and_flip_the_step_and_no_more():
 @pytest.mark.parametrize("kind", [v11.FactorMuon, v11.Spectron])
 def test_momentum_through_a_lossy_shrink_is_that_of_the_same_history_fed_to_the_new_factors(kind):
     U, V = factors(30, 40, 12)
-    history = [matrices(seed, [(30, 40)])[0] for seed in range(7)]
-
-    def fed(U, V):
-        layer = v10.LowRankLinearAdaptiveSpectral(40, 30, 1).double()
-        layer.set_factors(U, V)
-        optimizer = kind([layer.U, layer.V], lr=0.0)
-        for G in history:
-            layer.U.grad, layer.V.grad = G @ layer.V.detach().T, layer.U.detach().T @ G
-            optimizer.step()
-        return layer, optimizer
-
-    layer, optimizer = fed(U, V)
+    layer, optimizer = layer_and_optimizer(U, V, make=kind)
+    feed(layer, optimizer, history(30, 40))
     vectors = [state["vector"].clone() for state in optimizer.state.values() if "vector" in state]
     new_U, new_V, *maps = v10.resize_factors(U, V, 7, torch.Generator())
     layer.set_factors(new_U, new_V)
     v10.transport_moments(optimizer, layer, *maps)
-    fresh, reference = fed(new_U, new_V)
+    fresh, reference = layer_and_optimizer(new_U, new_V, make=kind)
+    feed(fresh, reference, history(30, 40))
     for ours, theirs in ((layer.U, fresh.U), (layer.V, fresh.V)):
         assert relative(optimizer.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"]) < 1e-12
     kept = [state["vector"] for state in optimizer.state.values() if "vector" in state]

@@ -8,9 +8,9 @@ Prints the report's Table 1 (training) and Table 2 (final ranks), the phases of 
 several logs, a comparison, in which runs that differ only in their seed are one row and one curve: mean and range.
 Writes all of it to DIR/index.html, one page to look at, and to DIR/tables.md; each table to DIR/*.csv and *.tex
 (booktabs); and the figures, as PNG and PDF: losses, telemetry if it was logged, and for each run NAME_ranks (rank
-against epoch), NAME_heatmap (layer by epoch) and NAME_final-ranks (block by projection). With --report the report's own
-numbers stand beside each run's, in tables and in NAME_report. A run without a causal mask is marked everywhere: it sees
-its targets. A log that cannot be read is named and left out.
+against epoch), NAME_heatmap (layer by epoch), NAME_final-ranks (block by projection) and NAME_cuts (v11's). With
+--report the report's own numbers stand beside each run's, in tables and in NAME_report. A run without a causal mask is
+marked everywhere: it sees its targets. A log that cannot be read is named and left out.
 """
 import argparse
 import base64
@@ -118,9 +118,11 @@ class Run:
             return LEAK
         if not self.final_ranks:
             return "dense"
+        if self.cuts:
+            return "cut"
         if self.settings.get("optimizer") in ("muon", "spectron"):
             return "controlled"
-        return "fixed" if self.settings.get("fixed_rank") and not self.cuts else "adaptive"
+        return "fixed" if self.settings.get("fixed_rank") else "adaptive"
 
     def total(self, name):
         """Sum of a quantity over all epochs, None where one is missing or does not say."""
@@ -647,11 +649,12 @@ def html_page(parts, pictures):
 
 
 def history(run):
-    """-> (epochs, ranks (epochs, layers)), the initial ranks first, as epoch 0; updates inside epochs at their part."""
+    """-> (epochs, ranks (epochs, layers)), the initial ranks first, as epoch 0; updates and cuts inside epochs at their
+    part."""
     initial = run.settings.get("initial_ranks") or [run.initial_rank] * len(run.final_ranks)
     ranks = {0: initial} | {epoch["epoch"]: epoch["ranks"] for epoch in run.epochs}
     if steps := run.settings.get("steps_per_epoch"):
-        ranks |= {update["step"] / steps: update["ranks"] for update in run.updates
+        ranks |= {update["step"] / steps: update["ranks"] for update in [*run.updates, *run.cuts]
                   if len(update["ranks"]) == len(initial)}
     return sorted(ranks), np.array([ranks[at] for at in sorted(ranks)], dtype=float)
 
@@ -687,7 +690,7 @@ def curve(axes, at, seeds, color, **line):
 
 
 COLORS = {"dense": "#0072B2", "fixed": "#CC79A7", "adaptive": "#009E73", "controlled": "#E69F00",
-          LEAK: "#D55E00"}  # Okabe and Ito's
+          "cut": "#7B3294", LEAK: "#D55E00"}  # Okabe and Ito's, but for the cut ones
 
 
 def shades(families: list[str]) -> list[tuple]:
@@ -887,6 +890,32 @@ def final_ranks_figure(run):
     return figure
 
 
+def cuts_figure(run):
+    """Losses and ranks around v11's cuts."""
+    color, steps = COLORS[run.family], run.settings.get("steps_per_epoch") or 1
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    points = sorted([(epoch["epoch"], -1, epoch["val_loss"]) for epoch in run.epochs] + [
+        (cut["step"] / steps, i, cut[name]) for cut in run.cuts for i, name in enumerate(("val_loss_before",
+                                                                                         "val_loss"))])
+    left.plot([at for at, *_ in points], [loss for *_, loss in points], color=color)
+    cuts = [cut["step"] / steps for cut in run.cuts]
+    left.plot(cuts, [cut["val_loss_before"] for cut in run.cuts], "o", color=color, label="before a cut")
+    left.plot(cuts, [cut["val_loss"] for cut in run.cuts], "v", color="black", label="right after it")
+    left.set(xlabel="epoch", ylabel="validation loss (nats per token)", title=f"A cut changes the loss by "
+             f"{max((cut['val_loss'] - cut['val_loss_before'] for cut in run.cuts), key=abs):+.4f} at most")
+    epochs, ranks = history(run)
+    for i, layer in enumerate(ranks.T):
+        right.step(epochs, layer, where="post", color=color, alpha=0.35, linewidth=1, label="a layer" if not i else "")
+    right.step(epochs, ranks.mean(1), where="post", color="black", label="mean")
+    right.set(xlabel="epoch", ylabel="rank", ylim=(0, None), title=f"{ranks.mean(1)[0]:.3g} to {ranks.mean(1)[-1]:.1f} "
+              f"on average, {ranks[-1].min():.0f} to {ranks[-1].max():.0f} at the end")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=9)
+    figure.suptitle(f"{run.label()}: its cuts", fontsize=11)
+    return figure
+
+
 def report_figure(run):
     """Losses and ranks of a run, and the points that the report's Table 1 gives of its own."""
     epochs, color = [epoch["epoch"] for epoch in run.epochs], COLORS[run.family]
@@ -922,6 +951,8 @@ def figures(runs, x="epoch", report=False):
     for run in runs:
         if report:
             yield f"{run.name}_report", report_figure(run)
+        if run.cuts:
+            yield f"{run.name}_cuts", cuts_figure(run)
         if run.final_ranks:
             yield f"{run.name}_ranks", ranks_figure(run)
             yield f"{run.name}_heatmap", heatmap_figure(run)

@@ -30,6 +30,27 @@ STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's co
          **{f"rank{rank}_{how}": f"rank {rank}, {label}" for rank in (64, 16) for how, label in (
              ("adamw", "AdamW"), ("muon", "Muon on the factors"), ("selfguided", "self-guided"),
              ("spectron", "Spectron"), ("spectron_equal_flop", "Spectron, the dense model's FLOPs"))}}
+BUDGETED = {"dense_adamw": "dense, AdamW", "dense_adamw_tied": "dense, AdamW, tied", "dense_muon": "dense, Muon",
+            "dense_muon_tied": "dense, Muon, tied", "rank64_spectron": "rank 64, Spectron",
+            "quarter_wide": "v11, 128 to a quarter", "quarter": "v11, 64 to a quarter",
+            "tenth_wide": "v11, 128 to a tenth", "tenth": "v11, 64 to a tenth",
+            "rank16_spectron": "rank 16, Spectron", "v10_transport": "v10, with transport",
+            "v10_report": "v10, as in the report"}
+BROUGHT = [  # (what it brings, the run with it, the run without it)
+    ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
+    ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
+    ("a wide start: 64, cut to a tenth, instead of 16 throughout", "tenth", "rank16_spectron"),
+    ("the Fisher metric: which directions go", "tenth", "tenth_plain"),
+    ("one budget: how many ranks each layer gets, instead of one rank for all", "tenth", "tenth_uniform"),
+    ("metric and budget together, instead of plain cuts to one rank", "tenth", "tenth_plain_uniform"),
+    ("Fisher instead of the stable rank (v10's signal)", "tenth", "tenth_stable"),
+    ("Fisher instead of energy (v8's and v9's)", "tenth", "tenth_energy"),
+    ("Fisher instead of groups of gradients (the first versions')", "tenth", "tenth_gradient"),
+    ("six cuts instead of one", "tenth", "tenth_once"),
+    ("a start from 128 instead of 64", "tenth_wide", "tenth"),
+    ("the same to a quarter", "quarter_wide", "quarter"),
+    ("the ranks found, trained from the start, instead of 16 in all layers", "tenth_afresh", "rank16_spectron"),
+    ("all of it, instead of v10 with transport", "tenth", "v10_transport")]
 TRIES = {"rate0.5": "half the rate", "rate1": "the rate", "rate2": "twice it", "decay": "decay",
          "decay3": "three times it", "decay_third": "0.3 or 10 times it", "dropout": "dropout 0.2"}
 
@@ -303,6 +324,79 @@ def tries(study):
     return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
 
 
+# ---- What a run costs, counted ---------------------------------------------------------------------------------------
+
+def token_multiplications(settings, ranks):
+    """Of one token's forward pass: in the linear layers, of these ranks or dense, in the head, and in causal attention,
+    which half of the positions on average take part in, twice. `settings` are those of a run record."""
+    linear = sum(rank * (m + n) if rank else m * n for (m, n), rank in layers(settings, ranks))
+    return linear + settings["d_model"] * (settings["vocab_size"] + settings["n_layers"] * settings["block_size"])
+
+
+def step_multiplications(settings, ranks):
+    """Of a step of training: a backward pass costs two forward ones, and Newton-Schulz, in Muon and Spectron, five
+    times 2 s^2 l + s^3 for a matrix of sides s <= l. Updates of single entries are not counted."""
+    total = 3 * settings["batch_size"] * settings["block_size"] * token_multiplications(settings, ranks)
+    if settings.get("optimizer") in ("muon", "spectron"):
+        matrices = [sorted(sides) for (m, n), rank in layers(settings, ranks)
+                    for sides in ([(m, rank), (n, rank)] if rank else [(m, n)])]
+        total += sum(5 * (2 * short**2 * long + short**3) for short, long in matrices)
+    return total
+
+
+def layers(settings, ranks):
+    """[(shape, rank or None)]"""
+    shapes = [layer["shape"] for layer in settings["layers"]]
+    return list(zip(shapes, ranks or [None] * len(shapes), strict=True))
+
+
+def ranks_of_steps(run):
+    """[(how many steps, the ranks that they were trained with)]"""
+    per_epoch = run.settings["steps_per_epoch"]
+    changes = {0: run.settings["initial_ranks"]} | {epoch["epoch"] * per_epoch: epoch["ranks"] for epoch in run.epochs}
+    changes |= {update["step"]: update["ranks"] for update in [*run.updates, *run.cuts]}
+    ends = sorted(changes)
+    return [(end - begin, changes[begin]) for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+CUT_TOKENS = 12_288  # which v11 measures a cut on, forward and backward, and the head once more, to draw labels
+
+
+def multiplications(run):
+    """Of a whole run, evaluation not counted."""
+    total, settings = sum(steps * step_multiplications(run.settings, ranks) for steps, ranks in ranks_of_steps(run)
+                          ), run.settings
+    head = settings["d_model"] * settings["vocab_size"]
+    return total + sum(CUT_TOKENS * (3 * token_multiplications(settings, cut["ranks_before"]) + head)
+                       for cut in run.cuts)
+
+
+def budgeted(study):
+    """v11 at its budgets, beside what it competes with."""
+    dense = {optimizer: min((f"dense_{optimizer}", f"dense_{optimizer}_tied"),
+                            key=lambda name: study.mean(name, last_loss)) for optimizer in ("adamw", "muon")}
+    flop, rows = study.mean("dense_adamw", multiplications), []
+    for name, label in BUDGETED.items():
+        differences = [plus_minus(study.differences(name, other, last_loss)) if name != other else DASH
+                       for other in dense.values()]
+        cost = study.costs["over_dense"].get(name)
+        rows.append([label, study.cell(name, linear_parameters, ".2f"), study.cell(name, parameters, ".2f"),
+                     plus_minus(study.values(name, last_loss), ".3f"),
+                     Cell(fmean(study.values(name, lambda run: perplexity(last_loss(run)))), ",.0f"), *differences,
+                     Cell(study.mean(name, multiplications) / flop, ".2f"), Cell(cost, ".2f")])
+    return Table("budget", "", [
+        f"n = {len(study.groups['tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
+        "perplexity", *(f"{DASH} {BUDGETED[name]}" for name in dense.values()),
+        "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
+
+
+def brought(study):
+    """What each part of v11 brings: differences between runs of one seed."""
+    return Table("brought", "", ["", "last val loss with it", "without it", "difference"], [
+        [label, study.cell(name, last_loss), study.cell(other, last_loss),
+         plus_minus(study.differences(name, other, last_loss))] for label, name, other in BROUGHT])
+
+
 MEASURED = {"dense_adamw_tied": "dense, AdamW", "dense_muon_tied": "dense, Muon",
             **{f"rank{rank}_{how}": STEPS[f"rank{rank}_{how}"] for rank in (64, 16)
                for how in ("adamw", "muon", "spectron")}}  # with a tied head
@@ -332,12 +426,15 @@ TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
+TABLES_OF_CUTS = {"budget": budgeted, "brought": brought}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
           "untrained", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dict.fromkeys((name, tied(name)))]
 NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
 NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
+
+NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
 
 
 def filled(page, tables):
@@ -478,16 +575,41 @@ def steps_figure(study):
     return figure
 
 
+def budget_figure(study):
+    """Validation loss against parameters in the linear layers: v11 and what it competes with."""
+    figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, label in BUDGETED.items():
+        losses, at = study.values(name, last_loss), study.mean(name, linear_parameters)
+        color = plot_logs.COLORS[study.groups[name].first.family]
+        axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
+        left = at > 2
+        axes.annotate(label, (at, fmean(losses)), (-8 if left else 8, 0), textcoords="offset points", va="center",
+                      ha="right" if left else "left", color=color)
+    axes.set(xscale="log", xlabel="million parameters in the linear layers",
+             ylabel="last validation loss (nats per token)", title="Validation loss against parameters")
+    axes.annotate("mean of the seeds, and two standard errors", (1, 0), xycoords="axes fraction", xytext=(-4, 4),
+                  textcoords="offset points", ha="right", fontsize=8, color="#444444")
+    return figure
+
+
+def cuts_figure(study):
+    """The losses and ranks of the first seed around the cuts."""
+    return plot_logs.cuts_figure(study.groups["tenth"].first)
+
+
 FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
 FIGURES_OF_STEPS = {"steps": steps_figure, "telemetry": telemetry_figure}
+FIGURES_OF_CUTS = {"budget": budget_figure, "cuts": cuts_figure}
 
 
 def available(study):
     """-> (tables, figures), {name: function} each; those of v11's comparison as far as the study has it."""
     has_tries = set(study.groups) >= NEEDED_FOR_TRIES
     has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
-    return (TABLES | ({"tries": tries} if has_tries else {}) | (TABLES_OF_STEPS if has_steps else {}),
-            FIGURES | (FIGURES_OF_STEPS if has_steps else {}))
+    has_cuts = study.costs and set(study.groups) >= NEEDED_FOR_CUTS
+    return (TABLES | ({"tries": tries} if has_tries else {}) | (TABLES_OF_STEPS if has_steps else {})
+            | (TABLES_OF_CUTS if has_cuts else {}),
+            FIGURES | (FIGURES_OF_STEPS if has_steps else {}) | (FIGURES_OF_CUTS if has_cuts else {}))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

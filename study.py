@@ -35,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 import plot_logs  # noqa: E402
+import results  # noqa: E402
 import v7_transformer_dense_baseline as v7  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 import v11_transformer_lowrank_selfguided as selfguided  # noqa: E402
@@ -96,7 +97,10 @@ ARMS = {
     **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --cuts 0 --init-rank {rank} --optimizer {optimizer}"
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
     **{f"rank{rank}_selfguided": f"selfguided {STEPS} --init-rank {rank}" for rank in (64, 16)}}
-RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07)}
+ADAPTIVE = {"v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}"}
+TUNED = ARMS | ADAPTIVE
+RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
+         "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3)}
 
 
 def rounds(arm):
@@ -113,7 +117,7 @@ def rounds(arm):
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
-TUNING = {name: f"{command} {flags}" for i in range(3) for arm, command in ARMS.items()  # round by round: none waits
+TUNING = {name: f"{command} {flags}" for i in range(3) for arm, command in TUNED.items()  # round by round: none waits
           for name, flags in rounds(arm)[i].items()}
 CONTROLLED = {arm: f"{command} {{{arm}.3}} --telemetry" for arm, command in ARMS.items()}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
@@ -122,7 +126,20 @@ CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{a
                for arm in ("rank64_spectron", "rank16_spectron")}
 CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --warmup-steps 0 --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED
+# All cuts take the settings that rank 64 with Spectron was tuned to without a cut, so that no way to cut is favoured. A
+# budget of 9.4% of the dense model's linear parameters is that of rank 16 in the small size.
+CUT = f"v11 {STEPS} --optimizer spectron {{rank64_spectron.3}}"
+TENTH, QUARTER = f"{CUT} --rank-budget 0.09375", f"{CUT} --rank-budget 0.25"
+BUDGETED = {
+    **{arm: f"{command} {{{arm}.3}}" for arm, command in ADAPTIVE.items()},
+    "tenth": TENTH, "quarter": QUARTER,
+    "tenth_wide": f"{TENTH} --init-rank {{wide}}", "quarter_wide": f"{QUARTER} --init-rank {{wide}}",
+    "tenth_once": f"{TENTH} --cuts 1",
+    "tenth_plain": f"{TENTH} --cut-metric plain",
+    **{f"tenth_{signal}": f"{TENTH} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
+    "tenth_plain_uniform": f"{TENTH} --cut-metric plain --rank-signal uniform",
+    "tenth_afresh": f"{CUT} --cuts 0 --ranks-from {{tenth.log}}"}
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -162,7 +179,7 @@ class Study:
         self.failed, self.stopping, self.running = [], threading.Event(), {}
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
-                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED)]
+                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED)]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
@@ -187,7 +204,7 @@ class Study:
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
         for name, what in placeholders(COMMANDS[run.name]):
-            if name in ARMS:
+            if name in TUNED:
                 needed += [f"{name}_s0" for name in tries_before(name, what)]
             elif name in COMMANDS:
                 needed.append(f"{name}_s{run.seed}")
@@ -217,10 +234,10 @@ class Study:
         values = {"size": self.size, "short": SHORT if self.args.short else "",
                   "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
                   "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
-                  "three_times_the_epochs": 3 * self.defaults.epochs,
+                  "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
         for name, what in placeholders(command):
-            if name in ARMS:
+            if name in TUNED:
                 tries = tries_before(name, what)
                 best = min(tries, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"])
                 values[name] = argparse.Namespace(**{what: self.fill(tries[best], seed)})
@@ -243,14 +260,13 @@ class Study:
     def equal_flop_epochs(self, rank):
         """The epochs in which layers of a rank, stepped by Spectron, cost as many multiplications as dense ones,
         stepped by AdamW, in those of the size."""
-        size, words = self.defaults, len(self.corpus().vocabulary)
-        C, F, T = size.d_model, size.d_ff, size.block_size
-        others = C * words + size.n_layers * C * T  # per token, forward: the head's, and attention's
-        dense = size.n_layers * (4 * C * C + 2 * C * F) + others
-        factored = size.n_layers * rank * (4 * 2 * C + 2 * (C + F)) + others
-        newton_schulz = size.n_layers * sum(5 * (2 * rank**2 * side + rank**3) for side in 8 * [C] + 2 * [C, F])
-        tokens = size.batch_size * size.block_size  # a backward pass costs two forward ones
-        return round(size.epochs * 3 * tokens * dense / (3 * tokens * factored + newton_schulz))
+        C, F, n_layers = self.defaults.d_model, self.defaults.d_ff, self.defaults.n_layers
+        shapes = n_layers * [*4 * [(C, C)], (F, C), (C, F)]
+        settings = vars(self.defaults) | {"vocab_size": len(self.corpus().vocabulary),
+                                          "layers": [{"shape": shape} for shape in shapes]}
+        dense = results.step_multiplications(settings, None)
+        factored = results.step_multiplications(settings | {"optimizer": "spectron"}, [rank] * len(shapes))
+        return round(self.defaults.epochs * dense / factored)
 
     def corpus(self):
         return v10.load_corpus(v10.find_data(str(self.data())), self.defaults.val_fraction, self.defaults.block_size,
@@ -467,8 +483,9 @@ def measure_speed(study, rounds=9):
 
 def measure_step_costs(study, rounds=25):
     """The step time of each arm of v11's comparison over that of the dense one with AdamW: one step of each in turn.
-    Self-guided training uses its guides in half of the steps of its first half; its second half is AdamW's arm."""
-    device, corpus, steps = v10.pick_device("auto"), study.corpus(), {}
+    Self-guided training uses its guides in half of the steps of its first half; its second half is AdamW's arm. Where
+    ranks change, the mean over up to eight stages of the first run, which also pays for the time of its cuts."""
+    device, corpus, steps, shares, cuts = v10.pick_device("auto"), study.corpus(), {}, {}, {}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // study.args.jobs))
     for arm, command in ARMS.items():
         for guided in (False, True) if arm.endswith("_selfguided") else (None,):
@@ -476,13 +493,22 @@ def measure_step_costs(study, rounds=25):
             steps[arm, guided], model = stepper(corpus, device, variant_of(command), args)
             for layer in model.linears().values():
                 layer.uses_guide = guided
+        shares[arm] = {(arm, None): 1} if not arm.endswith("_selfguided") else {
+            (arm, False): 0.25, (arm, True): 0.25, (arm.replace("selfguided", "adamw"), None): 0.5}
+    for arm in results.BUDGETED.keys() - ARMS.keys():
+        run = plot_logs.read_log(study.log(Run(arm, UNSEEN[0]).stem), arm, 64)
+        stages = results.ranks_of_steps(run)
+        chosen = [stages[i * (len(stages) - 1) // 7] for i in range(8)] if len(stages) > 8 else stages
+        args = study.parse(COMMANDS[arm])
+        for i, (_, ranks) in enumerate(chosen):
+            steps[arm, i], _ = stepper(corpus, device, variant_of(COMMANDS[arm]), args, ranks)
+        shares[arm] = {(arm, i): length / sum(length for length, _ in chosen) for i, (length, _) in enumerate(chosen)}
+        cuts[arm] = sum(cut["cut_sec"] for cut in run.cuts) / run.total("train_sec")
     times = interleaved(steps, rounds)
-    dense = times["dense_adamw", None]
     v10.write_record(
         study.log("speed"), "step_costs", rounds=rounds, device=v10.device_name(device), torch=torch.__version__,
-        over_dense={arm: (times[arm, None] if guided is None else 0.25 * times[arm, False] + 0.25 * times[arm, True]
-                          + 0.5 * times[arm.replace("selfguided", "adamw"), None]) / dense
-                    for arm, guided in times if not guided})
+        over_dense={arm: (1 + cuts.get(arm, 0)) * sum(share * times[kind] for kind, share in of_arm.items())
+                    / times["dense_adamw", None] for arm, of_arm in shares.items()})
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -517,7 +543,7 @@ def main(argv=None):
         study.prepare()
         complete = study.all(study.runs)
         if complete:
-            if not study.records("speed", "step_costs") and {*ARMS} <= {run.name for run in study.runs}:
+            if not study.records("speed", "step_costs") and {*ARMS, *BUDGETED} <= {run.name for run in study.runs}:
                 measure_step_costs(study)
             if not study.records("speed", "speed") and any("{speed" in COMMANDS[run.name] for run in study.later):
                 measure_speed(study)

@@ -420,7 +420,7 @@ def cut(run, step):
     second moments follow v10's heuristic, which may be several times off here."""
     args, model = run.args, run.model
     val_tokens = run.corpus.val.to(run.device)
-    val_loss_before = v10.evaluate(model, val_tokens, args.batch_size)
+    val_loss_before, began = v10.evaluate(model, val_tokens, args.batch_size), v10.now(run.device)
     groups = [gradient_groups(layer.U.grad) for layer in run.layers] if args.rank_signal == "gradient" else []
     fishers = []
     if "fisher" in (args.rank_signal, args.cut_metric):
@@ -429,8 +429,9 @@ def cut(run, step):
         fishers = measure_fisher(model, windows.to(run.device).split(max(1, 2048 // args.block_size)), args.seed + step)
     record, resized = v10.once(plan_cut, run, step, fishers, groups)
     v10.apply_resizes(run.layers, resized, run.optimizers)
+    seconds = v10.now(run.device) - began
     v10.write_record(run.files.log, "cut", **record, val_loss_before=val_loss_before,
-                     val_loss=v10.evaluate(model, val_tokens, args.batch_size))
+                     val_loss=v10.evaluate(model, val_tokens, args.batch_size), cut_sec=seconds)
     return len(resized)
 
 

@@ -42,7 +42,7 @@ RANDOM = "at a random time"
 CHOSEN = {  # moment: the largest n at which it may be chosen
     "half-way through a log record": 60, "half-way through a checkpoint": 2000, "at an fsync": 60,
     "at an os.replace": 60, "at an evaluation": 12, "half-way through a rank update": 40}
-CLOCK = {"time_sec", "train_sec", "eval_sec", "rank_sec", "total_sec", "tokens_per_sec", "peak_memory_mb"}
+CLOCK = {"time_sec", "train_sec", "eval_sec", "rank_sec", "cut_sec", "total_sec", "tokens_per_sec", "peak_memory_mb"}
 
 
 # ---- The run that kills itself ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import plot_logs
 import results
 import study
 import v10_transformer_lowrank_scaled as v10
+import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records, untimed
 
 REFERENCE = ROOT / "logs" / "reference" / "study"
@@ -111,7 +112,7 @@ def test_a_run_that_fails_is_told_and_those_that_need_it_do_not_start(tiny, tmp_
 def test_the_commands_are_those_that_made_the_reference_logs():
     ours, compared = asked(REFERENCE, data_file="wiki.train.tokens", test_file="wiki.valid.tokens"), 0
     for run in [*ours.runs, *ours.later]:
-        if run.name in study.TUNING | study.CONTROLLED and not ours.log(run.stem).exists():
+        if run.name in study.TUNING | study.CONTROLLED | study.BUDGETED and not ours.log(run.stem).exists():
             continue  # still to be run
         _, _, *flags = ours.command(run)
         variant = study.variant_of(study.COMMANDS[run.name])
@@ -137,7 +138,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 12 * 7 + 5 * 21
+    assert len(seen) == 4 + 3 * 21 + 14 * 7 + 5 * (21 + 14)
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -351,3 +352,22 @@ def test_the_equal_flop_epochs_are_those_of_a_count_by_hand(tmp_path, monkeypatc
     steps = 4 * 5 * (10 * (2 * 64**2 * 256 + 64**3) + 2 * (2 * 64**2 * 1024 + 64**3))
     ratio = 3 * tokens * (dense + head + attention) / (3 * tokens * (factored + head + attention) + steps)
     assert ours.equal_flop_epochs(64) == round(16 * ratio)
+
+
+def test_the_multiplications_of_a_run_follow_its_ranks_step_by_step():
+    settings = {"batch_size": 2, "block_size": 3, "d_model": 4, "n_layers": 1, "vocab_size": 10, "steps_per_epoch": 10,
+                "layers": [{"shape": [4, 6]}], "initial_ranks": [3]}
+    run = plot_logs.Run("r", settings=settings, epochs=[{"epoch": 1, "ranks": [2]}, {"epoch": 2, "ranks": [1]}],
+                        cuts=[{"step": 5, "ranks_before": [3], "ranks": [2]},
+                              {"step": 14, "ranks_before": [2], "ranks": [1]}])
+    assert results.ranks_of_steps(run) == [(5, [3]), (5, [2]), (4, [2]), (6, [1])]
+    token = {rank: 10 * rank + 4 * (10 + 3) for rank in (1, 2, 3)}
+    of_steps = 3 * 6 * (5 * token[3] + 9 * token[2] + 6 * token[1])
+    assert results.multiplications(run) == of_steps + results.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
+    settings["optimizer"] = "spectron"
+    newton_schulz = {rank: sum(5 * (2 * rank**2 * side + rank**3) for side in (4, 6)) for rank in (1, 2, 3)}
+    assert results.multiplications(run) == (
+        of_steps + results.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
+        + 5 * newton_schulz[3] + 9 * newton_schulz[2] + 6 * newton_schulz[1])
+    assert results.token_multiplications(settings, None) == 24 + 4 * 13
+    assert results.CUT_TOKENS == v11.FISHER_TOKENS

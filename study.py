@@ -90,13 +90,13 @@ LATER = {  # after the speed has been measured
 # v11's comparison. Each arm is tuned on seed 0 in three rounds of tries, each at the best of the rounds before by the
 # last loss, and then run on UNSEEN seeds. {NAME.1} are the flags of the best of round 1 of the arm NAME, {NAME.2} those
 # of the best of rounds 1 and 2; {equal_flop.NAME} the epochs in which its products cost as much as the dense model's.
-STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE}"
+STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE} --weight-decay 0.01"
 ARMS = {
     "dense_adamw": f"v7 {STEPS}", "dense_adamw_tied": f"v7 {STEPS} --tie-embeddings",
     "dense_muon": f"v7 {STEPS} --optimizer muon", "dense_muon_tied": f"v7 {STEPS} --optimizer muon --tie-embeddings",
-    **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --cuts 0 --init-rank {rank} --optimizer {optimizer}"
+    **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --factor-decay 0 --cuts 0 --init-rank {rank} --optimizer {optimizer}"
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
-    **{f"rank{rank}_selfguided": f"selfguided {STEPS} --init-rank {rank}" for rank in (64, 16)}}
+    **{f"rank{rank}_selfguided": f"selfguided {STEPS} --factor-decay 0 --init-rank {rank}" for rank in (64, 16)}}
 ADAPTIVE = {"v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}"}
 TUNED = ARMS | ADAPTIVE
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),

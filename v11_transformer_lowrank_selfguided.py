@@ -78,7 +78,7 @@ class SelfGuided(v11.LowRankSpectron):
         """The guides have an optimizer of their own, the last one, which goes with them."""
         guides = [layer.guide.weight for layer in model.linears().values() if layer.guide is not None]
         optimizers = v11.make_optimizers(model, args, without=set(guides))
-        return [*optimizers, v10.make_adamw(guides, args)] if guides else optimizers
+        return [*optimizers, v10.make_adamw(guides, v11.with_decays(args))] if guides else optimizers
 
     def before_step(self, run, step):
         """alpha, and which layers use their guide: the same in every process, and after a resume."""

@@ -27,8 +27,9 @@ v10's transport carries all they know through a shrink exactly. What the bound l
 roughly (singular values of 0.68 to 1.20), so ||dW|| stays below 1.21 eta for eta up to 0.1 if the norms are exact; and
 the norms come from one step of power iteration, which understates them a little.
 
-Not as in the paper: the tied head; Nesterov, which its code has and its algorithm does not; a rate of AdamW's own; no
-decay of the factors by default. Its code also scales the steps of U by sqrt(m / r), which its bound does not allow for.
+Not as in the paper: the tied head; Nesterov, which its code has and its algorithm does not; a rate of AdamW's own;
+a decay that falls on the product and is fitted to the length of the run. Its code also scales the steps of U by
+sqrt(m / r), which its bound does not allow for.
 
 Shapes: U (m, r), V (r, n), W = U V (m, n).
 """
@@ -187,9 +188,20 @@ class Spectron(FactorMuon):
         return [scale for scale in scales for _ in "UV"]
 
 
+def with_decays(args: argparse.Namespace) -> argparse.Namespace:
+    """These flags with the decays that they leave open: in each step at the full rate 0.64 / steps of a weight goes, at
+    most a hundredth. That was the best of three on the study's 640 steps; that it goes down as runs get longer is Wang
+    and Aitchison's finding (2024, arXiv 2405.13698)."""
+    share = min(0.64 / (args.epochs * args.steps_per_epoch), 0.01)
+    decays = {"weight_decay": args.lr, "factor_decay": args.eta}
+    return argparse.Namespace(**vars(args) | {name: share / rate for name, rate in decays.items()
+                                              if rate and getattr(args, name) is None})
+
+
 def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = frozenset()) -> list:
     """[AdamW], or [AdamW for the rest, the optimizer of --optimizer for the weights of the linear layers]; parameters
     of the set `without` get none."""
+    args = with_decays(args)
     layers = model.linears().values()
     pairs = [factor for layer in layers if layer.rank is not None for factor in (layer.U, layer.V)]
     matrices = pairs or [layer.weight for layer in layers]
@@ -446,7 +458,8 @@ def add_optimizer_flags(parser, choices, default):
     flag("--momentum", type=v10.FRACTION, default=0.95, help="of spectron and muon")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
          help="orthogonalise the mean of momentum and gradient instead of the momentum")
-    flag("--factor-decay", type=v10.number(float, least=0), default=0.0, help="weight decay of spectron and muon")
+    flag("--factor-decay", type=v10.number(float, least=0), default=0.0, help="weight decay of spectron and muon; "
+         "v11 fits it, and --weight-decay, to the number of steps")
 
 
 def add_cut_flags(parser):
@@ -477,7 +490,8 @@ class LowRankSpectron(v10.Variant):
     log_file = "logs/v11.jsonl"
     description = "Trains a GPT of low rank with controlled steps."
     defaults = {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": None, "dropout": 0.1, "tie_embeddings": True,
-                "fixed_rank": True, "optimizer_on_resize": "transport", "min_rank": 4}
+                "fixed_rank": True, "optimizer_on_resize": "transport", "min_rank": 4, "weight_decay": None,
+                "factor_decay": None}
 
     def add_flags(self, parser):
         super().add_flags(parser)

@@ -194,7 +194,7 @@ def test_decay_falls_on_the_factors_or_is_the_gradient_of_half_the_squared_norm_
 @pytest.mark.parametrize("flags", [{}, {"tie_embeddings": True}, {"share_layers": True}])
 def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
     args = Namespace(optimizer=optimizer, eta=0.07, lr=0.01, weight_decay=0.0, momentum=0.95, nesterov=True,
-                     factor_decay=0.0, decay_on="product")
+                     factor_decay=0.0, decay_on="product", epochs=2, steps_per_epoch=5)
     for variant in (v7.Dense(), v11.LowRankSpectron(), selfguided.SelfGuided()):
         if optimizer == "spectron" and isinstance(variant, v7.Dense):
             continue
@@ -203,6 +203,21 @@ def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
         covered = [parameter for group in groups for parameter in group["params"]]
         assert len(covered) == len(set(covered))
         assert set(covered) == set(model.parameters())
+
+
+@pytest.mark.parametrize(("steps", "share"), [(640, 0.001), (6400, 0.0001), (5, 0.01)])
+def test_decays_that_are_left_open_take_less_of_a_weight_per_step_in_longer_runs(steps, share):
+    args = v10.parse_flags(v11.LowRankSpectron(), ["--epochs", str(steps // 5), "--steps-per-epoch", "5"])
+    model = v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16), lambda n, m: v11.LowRankSpectron().linear(n, m, 6))
+    for optimizer in v11.make_optimizers(model, args):
+        for group in optimizer.param_groups:
+            assert group["lr"] * group["weight_decay"] == pytest.approx(share)
+    given = ["--weight-decay", "0", "--factor-decay", "3"]
+    args = v10.parse_flags(v11.LowRankSpectron(), given)
+    assert [g["weight_decay"] for o in v11.make_optimizers(model, args) for g in o.param_groups] == [0, 3]
+    dense = v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16), lambda n, m: v10.DenseLinear(n, m))
+    args = v10.parse_flags(v7.Dense(), ["--optimizer", "muon"])
+    assert [g["weight_decay"] for o in v7.Dense().make_optimizers(dense, args) for g in o.param_groups] == [0.01, 0]
 
 
 @pytest.mark.parametrize("kind", [v11.Muon, v11.FactorMuon, v11.Spectron])

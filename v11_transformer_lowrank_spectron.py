@@ -190,8 +190,8 @@ class Spectron(FactorMuon):
 
 def with_decays(args: argparse.Namespace) -> argparse.Namespace:
     """These flags with the decays that they leave open: in each step at the full rate 0.64 / steps of a weight goes, at
-    most a hundredth. That was the best of three on the study's 640 steps; that it goes down as runs get longer is Wang
-    and Aitchison's finding (2024, arXiv 2405.13698)."""
+    most a hundredth. That was the best of three on the study's 640 steps and is untried on other lengths; the best
+    decay falls as texts grow (Wang and Aitchison, 2025, arXiv 2405.13698)."""
     share = min(0.64 / (args.epochs * args.steps_per_epoch), 0.01)
     decays = {"weight_decay": args.lr, "factor_decay": args.eta}
     return argparse.Namespace(**vars(args) | {name: share / rate for name, rate in decays.items()

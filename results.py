@@ -32,25 +32,25 @@ STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's co
              ("spectron", "Spectron"), ("spectron_equal_flop", "Spectron, the dense model's FLOPs"))}}
 BUDGETED = {"dense_adamw": "dense, AdamW", "dense_adamw_tied": "dense, AdamW, tied", "dense_muon": "dense, Muon",
             "dense_muon_tied": "dense, Muon, tied", "rank64_spectron": "rank 64, Spectron",
-            "quarter_wide": "v11, 128 to a quarter", "quarter": "v11, 64 to a quarter",
-            "tenth_wide": "v11, 128 to a tenth", "tenth": "v11, 64 to a tenth",
+            "v11_quarter": "v11, 128 to a quarter", "quarter_narrow": "v11, 64 to a quarter",
+            "tenth_wide": "v11, 128 to a tenth", "v11_tenth": "v11, 64 to a tenth",
             "rank16_spectron": "rank 16, Spectron", "v10_transport": "v10, with transport",
             "v10_report": "v10, as in the report"}
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
-    ("a wide start: 64, cut to a tenth, instead of 16 throughout", "tenth", "rank16_spectron"),
-    ("the Fisher metric: which directions go", "tenth", "tenth_plain"),
-    ("one budget: how many ranks each layer gets, instead of one rank for all", "tenth", "tenth_uniform"),
-    ("metric and budget together, instead of plain cuts to one rank", "tenth", "tenth_plain_uniform"),
-    ("Fisher instead of the stable rank (v10's signal)", "tenth", "tenth_stable"),
-    ("Fisher instead of energy (v8's and v9's)", "tenth", "tenth_energy"),
-    ("Fisher instead of groups of gradients (the first versions')", "tenth", "tenth_gradient"),
-    ("six cuts instead of one", "tenth", "tenth_once"),
-    ("a start from 128 instead of 64", "tenth_wide", "tenth"),
-    ("the same to a quarter", "quarter_wide", "quarter"),
+    ("a wide start: 64, cut to a tenth, instead of 16 throughout", "v11_tenth", "rank16_spectron"),
+    ("the Fisher metric: which directions go", "v11_tenth", "tenth_plain"),
+    ("one budget: how many ranks each layer gets, instead of one rank for all", "v11_tenth", "tenth_uniform"),
+    ("metric and budget together, instead of plain cuts to one rank", "v11_tenth", "tenth_plain_uniform"),
+    ("Fisher instead of the stable rank (v10's signal)", "v11_tenth", "tenth_stable"),
+    ("Fisher instead of energy (v8's and v9's)", "v11_tenth", "tenth_energy"),
+    ("Fisher instead of groups of gradients (the first versions')", "v11_tenth", "tenth_gradient"),
+    ("six cuts instead of one", "v11_tenth", "tenth_once"),
+    ("a start from 128 instead of 64", "tenth_wide", "v11_tenth"),
+    ("the same to a quarter", "v11_quarter", "quarter_narrow"),
     ("the ranks found, trained from the start, instead of 16 in all layers", "tenth_afresh", "rank16_spectron"),
-    ("all of it, instead of v10 with transport", "tenth", "v10_transport")]
+    ("all of it, instead of v10 with transport", "v11_tenth", "v10_transport")]
 TRIES = {"rate0.5": "half the rate", "rate1": "the rate", "rate2": "twice it", "decay": "decay",
          "decay3": "three times it", "decay_third": "0.3 or 10 times it", "dropout": "dropout 0.2"}
 
@@ -385,7 +385,7 @@ def budgeted(study):
                      Cell(fmean(study.values(name, lambda run: perplexity(last_loss(run)))), ",.0f"), *differences,
                      Cell(study.mean(name, multiplications) / flop, ".2f"), Cell(cost, ".2f")])
     return Table("budget", "", [
-        f"n = {len(study.groups['tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
+        f"n = {len(study.groups['v11_tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         "perplexity", *(f"{DASH} {BUDGETED[name]}" for name in dense.values()),
         "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
 
@@ -594,7 +594,7 @@ def budget_figure(study):
 
 def cuts_figure(study):
     """The losses and ranks of the first seed around the cuts."""
-    return plot_logs.cuts_figure(study.groups["tenth"].first)
+    return plot_logs.cuts_figure(study.groups["v11_tenth"].first)
 
 
 FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}

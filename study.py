@@ -97,10 +97,14 @@ ARMS = {
     **{f"rank{rank}_{optimizer}": f"v11 {STEPS} --factor-decay 0 --cuts 0 --init-rank {rank} --optimizer {optimizer}"
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
     **{f"rank{rank}_selfguided": f"selfguided {STEPS} --factor-decay 0 --init-rank {rank}" for rank in (64, 16)}}
-ADAPTIVE = {"v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}"}
-TUNED = ARMS | ADAPTIVE
+# A budget of 9.4% of the dense model's linear parameters is that of rank 16 in the small size.
+CHANGING = {  # arms whose ranks change
+    "v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}",
+    "v11_tenth": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.09375",
+    "v11_quarter": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.25 --init-rank {{wide}}"}
+TUNED = ARMS | CHANGING
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
-         "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3)}
+         "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07)}
 
 
 def rounds(arm):
@@ -126,19 +130,15 @@ CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{a
                for arm in ("rank64_spectron", "rank16_spectron")}
 CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --warmup-steps 0 --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
-# All cuts take the settings that rank 64 with Spectron was tuned to without a cut, so that no way to cut is favoured. A
-# budget of 9.4% of the dense model's linear parameters is that of rank 16 in the small size.
-CUT = f"v11 {STEPS} --optimizer spectron {{rank64_spectron.3}}"
-TENTH, QUARTER = f"{CUT} --rank-budget 0.09375", f"{CUT} --rank-budget 0.25"
+TENTH = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
 BUDGETED = {
-    **{arm: f"{command} {{{arm}.3}}" for arm, command in ADAPTIVE.items()},
-    "tenth": TENTH, "quarter": QUARTER,
-    "tenth_wide": f"{TENTH} --init-rank {{wide}}", "quarter_wide": f"{QUARTER} --init-rank {{wide}}",
-    "tenth_once": f"{TENTH} --cuts 1",
+    **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},
+    "tenth_wide": f"{TENTH} --init-rank {{wide}}", "tenth_once": f"{TENTH} --cuts 1",
     "tenth_plain": f"{TENTH} --cut-metric plain",
     **{f"tenth_{signal}": f"{TENTH} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
     "tenth_plain_uniform": f"{TENTH} --cut-metric plain --rank-signal uniform",
-    "tenth_afresh": f"{CUT} --cuts 0 --ranks-from {{tenth.log}}"}
+    "tenth_afresh": f"{TENTH} --cuts 0 --ranks-from {{v11_tenth.log}}",
+    "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
 COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
@@ -204,7 +204,7 @@ class Study:
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
         for name, what in placeholders(COMMANDS[run.name]):
-            if name in TUNED:
+            if name in TUNED and what.isdigit():
                 needed += [f"{name}_s0" for name in tries_before(name, what)]
             elif name in COMMANDS:
                 needed.append(f"{name}_s{run.seed}")
@@ -237,14 +237,15 @@ class Study:
                   "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
                   "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
         for name, what in placeholders(command):
-            if name in TUNED:
+            of_run = values.setdefault(name, argparse.Namespace()) if name in COMMANDS else None
+            if name in TUNED and what.isdigit():
                 tries = tries_before(name, what)
                 best = min(tries, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"])
-                values[name] = argparse.Namespace(**{what: self.fill(tries[best], seed)})
+                setattr(of_run, what, self.fill(tries[best], seed))
             elif name in COMMANDS:
                 log = self.log(f"{name}_s{seed}")
-                values[name] = argparse.Namespace(
-                    log=shlex.quote(str(log)), mean_rank=round(self.records(log.stem, "epoch")[-1]["rank_avg"]))
+                of_run.log = shlex.quote(str(log))
+                of_run.mean_rank = round(self.records(log.stem, "epoch")[-1]["rank_avg"])
             if name == "search":
                 best = min(SEARCH, key=lambda name: self.records(f"{name}_s0", "end")[0]["best_val_loss"])
                 own = SEARCH[best].removeprefix("v7 {size}")

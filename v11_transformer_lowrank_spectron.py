@@ -15,7 +15,7 @@ v10's model with four changes; the first two are from "Stabilizing Native Low-Ra
    values of W in the Fisher metric of its inputs and of its outputs' gradients.
 
     python3 v11_transformer_lowrank_spectron.py                             at the report's size
-    python3 v11_transformer_lowrank_spectron.py --rank-budget 0.25          down to a quarter
+    python3 v11_transformer_lowrank_spectron.py --init-rank 128 --rank-budget 0.25      down to a quarter
     python3 v11_transformer_lowrank_spectron.py --cuts 0                    rank 64 in all layers, to the end
     python3 v11_transformer_lowrank_spectron.py --cuts 0 --no-fixed-rank    v10's controller instead
     python3 v11_transformer_lowrank_spectron.py --optimizer muon            without the renormalisation by norms
@@ -513,8 +513,11 @@ class LowRankSpectron(v10.Variant):
             raise v10.UserError(f"--cut-to {args.cut_to} is before --cut-from {args.cut_from}")
         C, D = args.d_model, args.d_ff
         shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
-        spend(budget_parameters(args, shapes), list(map(sum, shapes)), [[0.0] * args.min_rank] * len(shapes),
-              args.min_rank)  # raises UserError if --min-rank is too much
+        budget, sides = budget_parameters(args, shapes), list(map(sum, shapes))
+        spend(budget, sides, [[0.0] * args.min_rank] * len(shapes), args.min_rank)  # is --min-rank too much?
+        if not args.ranks_from and size([args.init_rank] * len(sides), sides) <= budget:
+            v10.say(f"*** --init-rank {args.init_rank} is within --rank-budget {args.rank_budget:g} already: nothing "
+                    "will be cut")
 
     def rank_update_due(self, run, step):
         return super().rank_update_due(run, step) or cut_due(run, step)

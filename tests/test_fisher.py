@@ -234,6 +234,12 @@ def test_a_budget_of_what_there_is_keeps_all_and_one_below_the_minimum_is_refuse
         v11.spend(29, sides, scores, 1)
 
 
+def test_a_budget_that_nothing_exceeds_is_told(capsys):
+    for budget, told in (("0.9", True), ("0.1", False)):
+        v10.parse_flags(v11.LowRankSpectron(), ["--rank-budget", budget])
+        assert ("nothing will be cut" in capsys.readouterr().out) == told
+
+
 def test_ranks_in_proportion_fill_the_budget_between_their_bounds():
     sides, present = [10, 10, 20], [64, 64, 64]
     ranks = v11.in_proportion(600, sides, [1.0, 2.0, 4.0], present, 4)

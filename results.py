@@ -283,6 +283,15 @@ def plus_minus(values, form="+.3f"):
     return f"{fmean(values):{form}} \N{PLUS-MINUS SIGN} {standard_error(values):.3f}" if len(values) > 1 else DASH
 
 
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantiles of Student's t, by the number of values
+
+
+def interval(values):
+    """The 95% confidence interval of the mean of so many values, after Student -> (low, high)."""
+    half = STUDENT[len(values)] * standard_error(values)
+    return fmean(values) - half, fmean(values) + half
+
+
 def parameters(run):
     """All, in millions."""
     return run.epochs[-1]["params_millions"]
@@ -377,8 +386,11 @@ def budgeted(study):
                             key=lambda name: study.mean(name, last_loss)) for optimizer in ("adamw", "muon")}
     flop, rows = study.mean("dense_adamw", multiplications), []
     for name, label in BUDGETED.items():
-        differences = [plus_minus(study.differences(name, other, last_loss)) if name != other else DASH
-                       for other in dense.values()]
+        differences = []
+        for other in dense.values():
+            paired = study.differences(name, other, last_loss)
+            low, high = interval(paired) if len(paired) > 1 else (0, 0)
+            differences.append(f"{fmean(paired):+.3f} ({low:+.3f} to {high:+.3f})" if name != other else DASH)
         cost = study.costs["over_dense"].get(name)
         rows.append([label, study.cell(name, linear_parameters, ".2f"), study.cell(name, parameters, ".2f"),
                      plus_minus(study.values(name, last_loss), ".3f"),
@@ -386,7 +398,7 @@ def budgeted(study):
                      Cell(study.mean(name, multiplications) / flop, ".2f"), Cell(cost, ".2f")])
     return Table("budget", "", [
         f"n = {len(study.groups['v11_tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
-        "perplexity", *(f"{DASH} {BUDGETED[name]}" for name in dense.values()),
+        "perplexity", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in dense.values()),
         "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
 
 
@@ -399,7 +411,9 @@ def brought(study):
 
 MEASURED = {"dense_adamw_tied": "dense, AdamW", "dense_muon_tied": "dense, Muon",
             **{f"rank{rank}_{how}": STEPS[f"rank{rank}_{how}"] for rank in (64, 16)
-               for how in ("adamw", "muon", "spectron")}}  # with a tied head
+               for how in ("adamw", "muon", "spectron")},
+            "undecayed_dense_adamw_tied": "dense, AdamW, decay 0.01", "undecayed_rank64_adamw": "rank 64, the same",
+            "undecayed_rank16_adamw": "rank 16, the same"}  # with a tied head
 PARTS = {"1/8 of the run": 1 / 8, "1/2": 1 / 2, "7/8": 7 / 8}
 
 
@@ -432,7 +446,8 @@ NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthe
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dict.fromkeys((name, tied(name)))]
 NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
-NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
+NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, *MEASURED, "first_dense_adamw_tied", "first_rank64_adamw",
+                    "first_rank16_adamw"}
 
 NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
 

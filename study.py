@@ -130,6 +130,8 @@ CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{a
                for arm in ("rank64_spectron", "rank16_spectron")}
 CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --warmup-steps 0 --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
+CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
+               for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # next to no decay
 TENTH = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
 BUDGETED = {
     **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},

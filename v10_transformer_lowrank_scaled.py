@@ -313,6 +313,29 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
 
 
+class LowRankEmbedding(nn.Module):
+    """Tokens (...) -> rows of U V (..., C), for U (V, R) and V (R, C): what compress.py makes of a token embedding."""
+
+    def __init__(self, words, width, rank):
+        super().__init__()
+        self.U, self.V = nn.Parameter(torch.zeros(words, rank)), nn.Parameter(torch.zeros(rank, width))
+
+    def forward(self, tokens):
+        return F.linear(F.embedding(tokens, self.U), self.V.T)
+
+
+class LowRankHead(nn.Module):
+    """x (..., C) -> x V^T U^T + b (..., V), for U (V, R) and V (R, C): what compress.py makes of a head."""
+
+    def __init__(self, width, words, rank):
+        super().__init__()
+        self.U, self.V = nn.Parameter(torch.zeros(words, rank)), nn.Parameter(torch.zeros(rank, width))
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.V), self.U, self.bias)
+
+
 def in_order(layers):
     """A `linear` that gives the layers of a dict, one after another, instead of new ones."""
     left = iter(layers.values())
@@ -325,24 +348,29 @@ class GPT(nn.Module):
     `linear(n, m)` makes the linear layers of its blocks. What does not depend on it is drawn first, so that models of
     one seed share it bit for bit. A tied head is the token embedding's own matrix, of variance 1/C; reading a token
     multiplies its row by sqrt(C), so that blocks start from the same inputs either way. Shared layers are those of the
-    first block, in all of them.
+    first block, in all of them. `end_ranks` are those of embedding and head in a model that compress.py has cut.
     """
 
-    def __init__(self, config, linear):
+    def __init__(self, config, linear, end_ranks=(None, None)):
         super().__init__()
         self.config = config
         self.low_precision = False  # products under bfloat16 autocast; parameters and loss stay in float32
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        for_words, for_head = end_ranks
+        self.token_embedding = (nn.Embedding(config.vocab_size, config.d_model) if for_words is None else
+                                LowRankEmbedding(config.vocab_size, config.d_model, for_words))
         self.position_embedding = nn.Embedding(config.block_size, config.d_model)
-        self.head = nn.Linear(config.d_model, config.vocab_size)
+        self.head = (nn.Linear(config.d_model, config.vocab_size) if for_head is None else
+                     LowRankHead(config.d_model, config.vocab_size, for_head))
         self.norm = nn.LayerNorm(config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, linear)])
         for _ in range(1, config.n_layers):
             self.blocks.append(Block(config, in_order(self.linears()) if config.share_layers else linear))
-        if config.tie_embeddings:
+        if config.tie_embeddings and for_head is None:
             self.token_embedding.weight.data /= math.sqrt(config.d_model)
             self.head.weight = self.token_embedding.weight
+        elif config.tie_embeddings:
+            self.head.U, self.head.V = self.token_embedding.U, self.token_embedding.V
 
     def features(self, tokens):
         """(B, T) -> (B, T, C), what the head sees."""
@@ -366,7 +394,11 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """(B, T, C), targets (B, T) -> their mean cross entropy."""
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(),
+        if isinstance(self.head, nn.Linear):
+            W = self.head.weight
+        else:
+            x, W = F.linear(x, self.head.V), self.head.U
+        return LinearCrossEntropy.apply(x.flatten(0, 1), W, self.head.bias, targets.flatten(),
                                         torch.bfloat16 if self.low_precision else x.dtype, torch.is_grad_enabled())
 
     def linears(self):
@@ -376,6 +408,10 @@ class GPT(nn.Module):
     def ranks(self):
         """The ranks of the factored layers, in the same order; [] for a dense model."""
         return [layer.rank for layer in self.linears().values() if layer.rank is not None]
+
+    def end_ranks(self):
+        """The ranks of embedding and head, None for one that is not factored."""
+        return [end.U.shape[1] if hasattr(end, "U") else None for end in (self.token_embedding, self.head)]
 
 
 def count_parameters(*modules: nn.Module) -> int:
@@ -387,7 +423,7 @@ def leak_check(model: GPT) -> dict:
 
     -> {"leaks": bool, "max_change": the largest change of a logit over the largest logit}.
     """
-    T, n_words, device = model.config.block_size, model.config.vocab_size, model.head.weight.device
+    T, n_words, device = model.config.block_size, model.config.vocab_size, model.norm.weight.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(n_words, (1, T), generator=generator).repeat(4, 1)
     last_kept = (0, T // 2 - 1, T - 2)
@@ -934,8 +970,8 @@ def parameter_groups(optimizers):
 def save_checkpoints(run, best=False):
     """Write the last checkpoint, and that of the best model if this is it."""
     model = run.model
-    content = {"format": FORMAT, "config": asdict(model.config), "vocabulary": run.corpus.vocabulary,
-               "ranks": [layer.rank for layer in run.layers], "model": model.state_dict()}
+    content = model_content(model, run.corpus.vocabulary) | {
+        "text": {name: run.settings[name] for name in ("data_file", "data_sha256", "val_fraction", "min_count")}}
     dropout_states = gather(dropout_rng(run.device).get_rng_state())
     if best:
         once(save, run.files.best, content)
@@ -1659,6 +1695,13 @@ def compare_settings(args, settings, defaults, checkpoint, files):
 
 # ---- Models in files -------------------------------------------------------------------------------------------------
 
+def model_content(model: GPT, vocabulary: list[str]) -> dict:
+    """What build_model reads, for save()."""
+    return {"format": FORMAT, "config": asdict(model.config), "vocabulary": vocabulary,
+            "ranks": [layer.rank for layer in model.linears().values()], "end_ranks": model.end_ranks(),
+            "model": model.state_dict()}
+
+
 def build_model(content: dict, linear=LowRankLinearAdaptiveSpectral) -> GPT:
     """The model of a checkpoint's content: DenseLinear where its rank is None, else linear(n, m, rank).
 
@@ -1666,7 +1709,8 @@ def build_model(content: dict, linear=LowRankLinearAdaptiveSpectral) -> GPT:
     """
     def model_of(linear):
         ranks = iter(content["ranks"] or itertools.repeat(None))  # older versions noted none of a dense model
-        return GPT(config, lambda n, m: DenseLinear(n, m) if (rank := next(ranks)) is None else linear(n, m, rank))
+        return GPT(config, lambda n, m: DenseLinear(n, m) if (rank := next(ranks)) is None else linear(n, m, rank),
+                   content.get("end_ranks", (None, None)))
 
     def foreign(error):
         return UserError(f"the checkpoint does not hold a model of this suite ({type(error).__name__})")
@@ -1708,7 +1752,7 @@ def generate(model: GPT, vocabulary: list[str], text: str, n_tokens: int = 50, t
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k} is not 1 or more")
     text = text.encode("utf-8").decode("latin-1") if kind == "bytes" else text
-    tokens = encode(text.split() if kind == "words" else list(text), vocabulary)[None].to(model.head.weight.device)
+    tokens = encode(text.split() if kind == "words" else list(text), vocabulary)[None].to(model.norm.weight.device)
     if not tokens.numel():
         raise UserError("generate needs at least one token to continue")
     generator = torch.Generator().manual_seed(seed)

@@ -234,17 +234,16 @@ class Fisher(NamedTuple):
 
 
 def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fisher]:
-    """The Fisher of each factored layer, from batches of inputs (B, T), without dropout. Labels are drawn from the
-    model's predictions: the text's own would give the gradient's second moment, which is not the loss's curvature. The
-    processes share the batches, and the result does not depend on their number except for rounding. Products run in
-    the layers' own precision, sums over batches in float64."""
+    """The Fisher of each linear layer, for its `factors()`, from batches of inputs (B, T), without dropout. Labels are
+    drawn from the model's predictions: the text's own would give the gradient's second moment, which is not the loss's
+    curvature. The processes share the batches, and the result does not depend on their number except for rounding.
+    Products run in the layers' own precision, sums over batches in float64."""
     layers, tokens = list(model.linears().values()), sum(batch.numel() for batch in batches)
-    sums = [[torch.zeros(layer.rank, layer.rank, dtype=torch.float64) for _ in "HD"] + [0.0, 0] for layer in layers]
+    factors = [[factor.to(batches[0].device) for factor in layer.factors()] for layer in layers]
+    sums = [[torch.zeros(len(V), len(V), dtype=torch.float64) for _ in "HD"] + [0.0, 0] for _, V in factors]
 
-    def watch(layer, total):
+    def watch(layer, U, V, total):
         def forward(_, inputs, y):
-            V, U = layer.V.detach(), layer.U.detach()
-
             def backward(gradient):
                 gradient = gradient.flatten(0, -2).to(U.dtype)
                 d = gradient @ U
@@ -257,7 +256,7 @@ def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fis
             y.register_hook(backward)
         return layer.register_forward_hook(forward)
 
-    hooks = [watch(layer, total) for layer, total in zip(layers, sums, strict=True)]
+    hooks = [watch(layer, *pair, total) for layer, pair, total in zip(layers, factors, sums, strict=True)]
     with v10.evaluation_mode(model), torch.enable_grad():
         for i, batch in [*enumerate(batches)][v10.process_index()::v10.process_count()]:
             x = model.features(batch)  # (B, T, C)

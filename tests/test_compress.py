@@ -1,0 +1,429 @@
+"""compress.py: its metrics against what they promise, its budgets against brute force, its commands as a user types
+them."""
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import compress
+import v10_transformer_lowrank_scaled as v10
+import v11_transformer_lowrank_spectron as v11
+from conftest import records
+from test_spectra import relative
+
+WORDS, C = 31, 12
+
+
+def small_model(rank=None, **flags):
+    """A GPT in float64, dense or factored."""
+    torch.manual_seed(0)
+    config = v10.GPTConfig(WORDS, C, 2, 3, 20, 8, **flags)
+    model = v10.GPT(config, lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank) if rank else
+                    v10.DenseLinear(n, m)).double()
+    model.head.weight.data *= 3
+    for module in model.modules():  # else its outputs add up to zero
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def calibration(n=320):
+    return torch.randint(WORDS, (n,), generator=torch.Generator().manual_seed(1)) ** 2 % WORDS
+
+
+def content_of(model):
+    return v10.model_content(model, [f"w{i:02}" for i in range(WORDS)])
+
+
+def moments(model):
+    """{name of a matrix: (C of its inputs, G of its outputs' gradients)} in full, from hooks of our own."""
+    tokens, kept, hooks = calibration().view(-1, 8), {}, []
+    for name, layer in [*model.linears().items(), ("embedding", model.token_embedding)]:
+        def hook(_, x, y, name=name):
+            y.retain_grad()
+            kept.setdefault(name, []).append((x[0], y))
+        hooks.append(layer.register_forward_hook(hook))
+    batches = tokens.split(2048 // 8)
+    assert len(batches) == 1
+    x = model.features(batches[0])
+    labels = v11.draw_labels(model, x.detach(), v11.seeded(0, 0))
+    (model.loss(x, labels) * labels.numel()).backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    found, n = {}, tokens.numel()
+    for name, ((inputs, outputs),) in kept.items():
+        g = outputs.grad.flatten(0, 1)
+        h = torch.nn.functional.one_hot(inputs, WORDS).double() if name == "embedding" else inputs.detach()
+        h = h.flatten(0, 1)
+        found[name] = h.T @ h / n, g.T @ g / n
+    h, p = x.detach().flatten(0, 1), model.logits(x.detach()).flatten(0, 1).double().softmax(-1).detach()
+    h = h - h.mean(0)
+    found["head"] = h.T @ h / n, (p * (1 - p)).mean(0).diag()
+    return found
+
+
+def root(M):
+    values, Q = torch.linalg.eigh(M)
+    return (Q * values.clamp(min=0).sqrt()) @ Q.T
+
+
+def in_model(matrix):
+    """W (out, in) as the model multiplies by it."""
+    return matrix.U @ matrix.V
+
+
+# ---- The metrics -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("metric", compress.METRICS)
+@pytest.mark.parametrize("rank", [None, 5])
+def test_the_squared_error_of_a_cut_in_its_metric_is_the_discarded_tail(metric, rank):
+    model = small_model(rank)
+    full = moments(model)
+    measured = compress.measure(model, calibration(), seed=0)
+    for matrix in compress.matrices(model, metric, measured):
+        inputs, outputs = full[matrix.name]
+        damped = outputs + v11.DAMPING * outputs.trace() / len(outputs) * torch.eye(len(outputs))
+        if metric == "plain":
+            inputs = torch.eye(len(inputs)).double()
+        if metric != "fisher":
+            damped = torch.eye(len(outputs)).double()
+        for k in (1, 3, 4):
+            U, V = matrix.factors(k, torch.Generator())
+            error = (root(damped) @ (in_model(matrix) - U @ V) @ root(inputs)).square().sum().item()
+            assert error == pytest.approx(matrix.tails[k], rel=1e-6, abs=1e-12 * matrix.tails[0]), (matrix.name, k)
+
+
+@pytest.mark.parametrize("metric", compress.METRICS)
+def test_no_other_matrix_of_the_rank_has_a_smaller_error_in_the_metric(metric):
+    model = small_model()
+    measured, g = compress.measure(model, calibration(), seed=0), torch.Generator().manual_seed(0)
+    full = moments(model)
+    for matrix in compress.matrices(model, metric, measured, "linear")[:6]:
+        C_, G = full[matrix.name]
+        one = torch.eye(len(G), dtype=torch.float64)
+        C_ = torch.eye(len(C_), dtype=torch.float64) if metric == "plain" else C_
+        G = G + v11.DAMPING * G.trace() / len(G) * one if metric == "fisher" else one
+        W, (U, V), outer, inner = in_model(matrix), matrix.factors(3, g), root(G), root(C_)
+
+        def error(U, V, W=W, outer=outer, inner=inner):
+            return (outer @ (W - U @ V) @ inner).square().sum().item()
+        for size in (1e-2, 1e-4):
+            for _ in range(10):
+                noise = [size * torch.randn(F.shape, dtype=F.dtype, generator=g) for F in (U, V)]
+                assert error(U + noise[0], V + noise[1]) > error(U, V)
+
+
+def test_the_inputs_metric_is_that_of_a_cholesky_factor_where_there_is_one():
+    model = small_model()
+    full = moments(model)
+    for matrix in compress.matrices(model, "inputs", compress.measure(model, calibration(), 0), "linear"):
+        L = torch.linalg.cholesky(full[matrix.name][0])
+        W = in_model(matrix)
+        P, S, Qt = torch.linalg.svd(W @ L, full_matrices=False)
+        theirs = (P[:, :4] * S[:4]) @ torch.linalg.solve_triangular(L, Qt[:4], upper=False, left=False)
+        U, V = matrix.factors(4, torch.Generator())
+        assert relative(U @ V, theirs) < 1e-8
+        assert matrix.squares.tolist() == pytest.approx(S.square().tolist(), rel=1e-8)
+
+
+def test_white_inputs_and_gradients_give_the_truncated_svd():
+    W = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one = torch.eye(7, dtype=torch.float64)
+    for fisher in (None, v11.Fisher(one, W.T @ W, 1.0)):
+        matrix = compress.Matrix("w", "linear", W, one, True, fisher, 0.0)
+        U, V = matrix.factors(3, torch.Generator())
+        P, S, Qt = torch.linalg.svd(W, full_matrices=False)
+        assert relative(U @ V, (P[:, :3] * S[:3]) @ Qt[:3]) < 1e-10
+
+
+def test_inputs_that_are_never_used_and_a_matrix_of_zeros_do_no_harm():
+    g = torch.Generator().manual_seed(0)
+    W, one = torch.randn(9, 7, dtype=torch.float64, generator=g), torch.eye(7, dtype=torch.float64)
+    x = torch.randn(50, 7, dtype=torch.float64, generator=g)
+    x[:, 2:6] = 0  # two live inputs and one more that is their sum
+    x[:, 6] = x[:, 0] + x[:, 1]
+    matrix = compress.Matrix("w", "linear", W, one, True, v11.Fisher(x.T @ x / 50, W.T @ W, 0.0), 0.0)
+    U, V = matrix.factors(2, g)
+    assert relative(x @ V.T @ U.T, x @ W.T) < 1e-6
+    assert matrix.tails[2] < 1e-12 * matrix.tails[0]
+    for fisher in (None, v11.Fisher(one, 0 * one, 0.0)):
+        U, V = compress.Matrix("w", "linear", 0 * W, one, True, fisher, 0.0).factors(2, g)
+        assert torch.equal(U @ V, 0 * W)
+
+
+def test_the_metric_of_a_tied_matrix_is_the_nearest_product_to_the_sum_of_its_uses():
+    g = torch.Generator().manual_seed(0)
+    terms = [(torch.rand(5, dtype=torch.float64, generator=g), (lambda x: x.T @ x)(torch.randn(
+        9, 3, dtype=torch.float64, generator=g))) for _ in range(2)]
+    a, B = compress.nearest_kronecker(terms)
+    total = sum(torch.outer(w, M.flatten()) for w, M in terms)
+    P, S, Qt = torch.linalg.svd(total, full_matrices=False)
+    assert relative(torch.outer(a, B.flatten()), S[0] * torch.outer(P[:, 0], Qt[0])) < 1e-12
+    assert a.min() >= 0
+    assert torch.linalg.eigvalsh(B).min() > -1e-12
+    alone, M = compress.nearest_kronecker([terms[0], (0 * terms[0][0], terms[1][1])])
+    assert relative(torch.outer(alone, M.flatten()), torch.outer(terms[0][0], terms[0][1].flatten())) < 1e-12
+
+
+def test_the_heads_weights_are_the_diagonal_of_the_second_moment_of_its_gradients():
+    model = small_model()
+    measured = compress.measure(model, calibration(), seed=0)
+    x = model.features(calibration().view(-1, 8))
+    q = model.logits(x).double().softmax(-1).flatten(0, 1).detach()
+    exact = q.mean(0).diag() - q.T @ q / len(q)  # E over labels of (q - onehot) (q - onehot)^T
+    assert measured.p.tolist() == pytest.approx(exact.diag().tolist(), rel=1e-5)
+    assert measured.words.tolist() == pytest.approx((torch.bincount(calibration(), minlength=WORDS) / 320).tolist())
+
+
+# ---- Budgets ---------------------------------------------------------------------------------------------------------
+
+def lists(seed, n=4, options=4):
+    g = np.random.default_rng(seed)
+    costs = [np.sort(g.integers(1, 20, options)) for _ in range(n)]
+    errors = [np.sort(g.random(options))[::-1].copy() for _ in range(n)]
+    for error in errors:
+        error[-1] = 0
+    return costs, errors
+
+
+def test_the_exact_allocation_is_that_of_an_exhaustive_search_and_the_priced_one_within_its_bound():
+    for seed in range(40):
+        costs, errors = lists(seed)
+        for budget in (sum(cost[0] for cost in costs) + extra for extra in (0, 5, 17, 60)):
+            best = min(sum(error[i] for error, i in zip(errors, picks, strict=True))
+                       for picks in itertools.product(range(4), repeat=4)
+                       if sum(cost[i] for cost, i in zip(costs, picks, strict=True)) <= budget)
+            exact = compress.exact_allocation(costs, errors, int(budget))
+            priced, gap = compress.priced_allocation(costs, errors, budget)
+            for picks in (exact, priced):
+                assert sum(cost[i] for cost, i in zip(costs, picks, strict=True)) <= budget
+            assert sum(error[i] for error, i in zip(errors, exact, strict=True)) == pytest.approx(best)
+            ours = sum(error[i] for error, i in zip(errors, priced, strict=True))
+            assert best - 1e-12 <= ours <= best + gap + 1e-9
+
+
+@pytest.mark.parametrize("how", ["uniform", "energy", "global"])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_budget_is_never_exceeded_and_nothing_grows(how, rank):
+    model = small_model(rank)
+    found = compress.matrices(model, "fisher", compress.measure(model, calibration(), 0))
+    total = sum(matrix.now for matrix in found)
+    for share in (0.3, 0.5, 0.9, 0.999):
+        ranks, _ = compress.ranks_within(found, share * total, how)
+        assert compress.kept(found, ranks) <= share * total
+        assert all(k is None or 1 <= k and k * matrix.side < matrix.now for matrix, k in zip(found, ranks, strict=True))
+        cut = v10.build_model(compress.cut_model(content_of(model), model, found, ranks))
+        fewer = total - compress.kept(found, ranks)
+        assert v10.count_parameters(cut) == v10.count_parameters(model) - fewer
+    with pytest.raises(v10.UserError, match="rank 1 needs"):
+        compress.ranks_within(found, 10, how)
+
+
+def test_a_matrix_is_factored_up_to_its_break_even_rank_and_not_beyond():
+    W, one = torch.randn(6, 12, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    matrix = compress.Matrix("w", "linear", one, W, True, None, 0.0)
+    assert matrix.limit == 3, "4 * (6 + 12) = 6 * 12"
+    assert [cost for _, cost, _ in matrix.options()] == [18, 36, 54, 72]
+    assert compress.uniform_ranks([matrix], 0.99) == [3]
+    assert compress.uniform_ranks([matrix], 1.0) == [None]
+
+
+def test_one_budget_is_no_worse_in_its_metric_than_one_share():
+    model = small_model()
+    found = compress.matrices(model, "fisher", compress.measure(model, calibration(), 0))
+
+    def error(ranks):
+        return sum(matrix.tails[k] for matrix, k in zip(found, ranks, strict=True) if k)
+    for share in (0.3, 0.5, 0.8):
+        uniform = compress.uniform_ranks(found, share)
+        budget = compress.kept(found, uniform)
+        best, gap = compress.allocate(found, budget)
+        assert error(best) - gap <= error(uniform)
+
+
+# ---- The cut model ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("metric", compress.METRICS)
+@pytest.mark.parametrize("flags", [{}, {"tie_embeddings": True}, {"share_layers": True}])
+@pytest.mark.parametrize("dense", [False, True])
+def test_at_full_rank_the_predictions_stay(metric, flags, dense):
+    model = small_model(**flags)
+    found = compress.matrices(model, metric, compress.measure(model, calibration(), 0))
+    content = compress.cut_model(content_of(model), model, found, [matrix.U.shape[1] for matrix in found], dense)
+    cut = v10.build_model(content).double()
+    cut.load_state_dict(content["model"])  # in float64
+    x = calibration().view(-1, 8)
+    assert relative(cut(x).double().log_softmax(-1), model(x).double().log_softmax(-1)) < 1e-5  # logits are float32
+    assert (cut.end_ranks() == [None, None]) == dense
+    assert cut.config.tie_embeddings == (cut.head is not None and bool(flags.get("tie_embeddings")))
+
+
+def test_the_mean_error_of_the_heads_outputs_is_zero():
+    model = small_model()
+    measured = compress.measure(model, calibration(), 0)
+    x = model.features(calibration().view(-1, 8)).flatten(0, 1).detach()
+    for metric in ("inputs", "fisher"):
+        found = [matrix for matrix in compress.matrices(model, metric, measured) if matrix.kind == "head"]
+        content = compress.cut_model(content_of(model), model, found, [3])
+        U, V, b = (content["model"][f"head.{name}"] for name in ("U", "V", "bias"))
+        error = x @ (model.head.weight.T.detach() - (U @ V).T) + model.head.bias.detach() - b
+        error = error - (error @ measured.p / measured.p.sum())[:, None] if metric == "fisher" else error  # of each row
+        assert error.mean(0).abs().max() < 1e-8
+
+
+def test_a_tied_matrix_is_counted_once_and_still_tied_in_a_file(tmp_path):
+    model = small_model(tie_embeddings=True)
+    found = compress.matrices(model, "fisher", compress.measure(model, calibration(), 0))
+    assert [matrix.kind for matrix in found].count("tied") == 1
+    v10.save(tmp_path / "cut.pt", compress.cut_model(content_of(model), model, found, [3] * len(found)))
+    cut, vocabulary = v10.load_model(tmp_path / "cut.pt")
+    assert cut.head.U is cut.token_embedding.U
+    assert cut.head.V is cut.token_embedding.V
+    x = calibration().view(-1, 8)
+    assert cut.loss(cut.features(x), x).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(cut(x).flatten(0, 1), x.flatten()).item(), rel=1e-5)
+    assert len(v10.generate(cut, vocabulary, vocabulary[0], 5).split()) == 6
+
+
+def test_words_and_hidden_units_in_another_order_change_nothing():
+    model = small_model()
+    order, hidden = torch.randperm(WORDS), torch.randperm(20)
+    other = small_model()
+    other.token_embedding.weight.data = model.token_embedding.weight.data[order]
+    other.head.weight.data, other.head.bias.data = model.head.weight.data[order], model.head.bias.data[order]
+    block = other.blocks[0]
+    block.up.weight.data, block.down.weight.data = block.up.weight.data[hidden], block.down.weight.data[:, hidden]
+    tokens, position = calibration(), torch.empty(WORDS, dtype=torch.long)
+    position[order] = torch.arange(WORDS)
+    for metric in ("plain", "inputs"):  # labels are drawn by place, so fisher would draw others
+        spectra = [[matrix.squares for matrix in compress.matrices(m, metric, compress.measure(m, text, 0))]
+                   for m, text in ((model, tokens), (other, position[tokens]))]
+        for ours, theirs in zip(*spectra, strict=True):
+            assert relative(theirs, ours) < 1e-8
+
+
+# ---- The commands ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints of a dense and a factored model, trained for a moment on a text with structure."""
+    folder = tmp_path_factory.mktemp("trained")
+    import v7_transformer_dense_baseline as v7
+    text = folder / "text.tokens"
+    g = np.random.default_rng(0)
+    words = [0]
+    for _ in range(6000):
+        words.append((words[-1] * 3 + int(g.integers(4))) % 40)
+    text.write_text(" ".join(f"w{i:02}" for i in words))
+    flags = ["--data-file", str(text), *"""--d-model 32 --n-layers 2 --n-heads 2 --d-ff 64 --block-size 16 --epochs 2
+        --batch-size 8 --steps-per-epoch 60 --lr 5e-3 --val-fraction 0.2 --device cpu --dtype float32""".split()]
+    assert v7.main([*flags, "--log-file", str(folder / "v7.jsonl")]) == 0
+    assert v11.main([*flags, "--log-file", str(folder / "v11.jsonl"), "--init-rank", "16", "--cuts", "0"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["v7", "v11"])
+def test_cut_keeps_its_share_and_the_result_is_a_model_of_the_suite(trained, tmp_path, capsys, name):
+    out, log = tmp_path / "cut.pt", tmp_path / "log.jsonl"
+    assert compress.main(["cut", str(trained / f"{name}.best.pt"), "--keep", "0.5", "--out", str(out), "--data-file",
+                          str(trained / "text.tokens"), "--log-file", str(log)]) == 0
+    record, = records(log, "compress")
+    model, vocabulary = v10.load_model(out)
+    assert v10.count_parameters(model) == record["after"]["all"]
+    cuttable = record["before"]["all"] - 32 * 16 - 32 * 2 * 5 - 40  # positions, norms and the head's bias
+    assert record["after"]["all"] - (record["before"]["all"] - cuttable) <= 0.5 * cuttable
+    assert record["loss"] == pytest.approx(record["loss_before"], abs=0.5)
+    assert f"{record['after']['all']:,}" in capsys.readouterr().out
+    assert len(v10.generate(model, vocabulary, "w00", 3).split()) == 4
+    assert compress.main(["cut", str(out), "--keep", "0.5", "--data-file", str(trained / "text.tokens"),
+                          "--log-file", str(log)]) == 0, "what is cut may be cut again"
+
+
+def test_fit_finds_the_smallest_model_within_the_loss_on_text_that_it_does_not_report(trained, tmp_path):
+    log = tmp_path / "log.jsonl"
+    common = ["--data-file", str(trained / "text.tokens"), "--log-file", str(log), "--out", str(tmp_path / "o.pt"),
+              "--overwrite"]
+    for loss in ("+1%", "+20%"):
+        assert compress.main(["fit", str(trained / "v7.best.pt"), "--loss", loss, *common]) == 0
+    tight, loose = records(log, "compress")
+    assert loose["after"]["all"] < tight["after"]["all"] < tight["before"]["all"]
+    assert tight["loss"] - tight["loss_before"] < loose["loss"] - loose["loss_before"] < 0.4
+
+
+def test_the_fisher_metric_loses_less_than_the_plain_one(trained, tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert compress.main(["compare", str(trained / "v7.best.pt"), "--data-file", str(trained / "text.tokens"),
+                          "--log-file", str(log)]) == 0
+    record, = records(log, "compress")
+    quarter = next(row["cuts"] for row in record["rows"] if row["keep"] == 0.25)
+    assert quarter["fisher, global"]["increase"] < 0.7 * quarter["plain, uniform"]["increase"]
+
+
+def test_a_spectrum_is_that_of_the_matrices(trained, tmp_path, capsys):
+    from safetensors.torch import save_file
+    W = torch.randn(40, 30)
+    tensors = {"w": W, "b": torch.zeros(5), "half": W.bfloat16(), "whole": torch.arange(6).view(2, 3)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    torch.save(tensors, tmp_path / "m.pt")
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "m.safetensors"}}))
+    for name in ("m.safetensors", "m.pt", "m.safetensors.index.json"):
+        log = tmp_path / f"{name}.jsonl"
+        assert compress.main(["spectrum", str(tmp_path / name), "--log-file", str(log)]) == 0
+        found, = records(log, "compress")
+        assert set(found["matrices"]) == {"w", "half"}
+        assert found["matrices"]["w"]["singular_values"] == pytest.approx(torch.linalg.svdvals(W).tolist(), rel=1e-5)
+        assert found["matrices"]["w"]["break_even"] == 17
+    log = tmp_path / "v11.jsonl"
+    assert compress.main(["spectrum", str(trained / "v11.best.pt"), "--log-file", str(log)]) == 0
+    layer = records(log, "compress")[0]["matrices"]["blocks.0.q"]
+    model, _ = v10.load_model(trained / "v11.best.pt")
+    own = v10.product_singular_values(*model.blocks[0].q.factors())
+    assert layer["singular_values"] == pytest.approx(own.tolist(), rel=1e-4)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["cut", "{ckpt}"], "one of the arguments --keep --params --rank --energy is required"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--rank", "3"], "not allowed with argument"),
+    (["cut", "{ckpt}", "--keep", "1"], "--keep"), (["cut", "{ckpt}", "--keep", "0"], "--keep"),
+    (["cut", "{ckpt}", "--keep", "0.001"], "rank 1 needs"), (["cut", "{ckpt}", "--params", "5M"], "within --params"),
+    (["cut", "{ckpt}", "--params", "five"], "is not a number of parameters"),
+    (["cut", "{ckpt}", "--rank", "30"], "nothing becomes smaller"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--out", "{ckpt}"], "exists: --overwrite"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--data-file", "{other}"], "has another vocabulary"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--calibration", "{short}"], "calibration tokens, and a block needs 16"),
+    (["cut", "{text}", "--keep", "0.5"], "is not a checkpoint of this suite"),
+    (["cut", "nowhere.pt", "--keep", "0.5"], "cannot read nowhere.pt"),
+    (["fit", "{ckpt}", "--loss", "5 percent"], "neither a share of the perplexity"),
+    (["fit", "{ckpt}", "--loss=-3"], "no cut is within -3.0000 nats; the best of"),
+    (["spectrum", "{text}"], "cannot be read without running code"), (["spectrum", "nowhere"], "there is no nowhere"),
+    (["spectrum", "{bad}"], "is not a good safetensors file"), (["spectrum", "{nan}"], "w holds a number that is not"),
+    (["spectrum", "{flat}"], "has no matrix"), (["spectrum", "{code}"], "cannot be read without running code"),
+    ([], "required: COMMAND"), (["shrink"], "invalid choice")])
+def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_path, capsys, flags, said):
+    from safetensors.torch import save_file
+    (tmp_path / "other").write_text("a b c d " * 200)
+    (tmp_path / "short").write_text("w00 w01")
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 40)
+    torch.save({"w": torch.full((3, 3), float("nan"))}, tmp_path / "nan.pt")
+    save_file({"b": torch.zeros(3)}, tmp_path / "flat.safetensors")
+    torch.save({"w": small_model}, tmp_path / "code.pt")
+    names = {"ckpt": trained / "v7.best.pt", "text": trained / "text.tokens", "other": tmp_path / "other",
+             "short": tmp_path / "short", "bad": tmp_path / "bad.safetensors", "nan": tmp_path / "nan.pt",
+             "flat": tmp_path / "flat.safetensors", "code": tmp_path / "code.pt"}
+    flags = [flag.format(**names) for flag in flags]
+    if flags[:1] in (["cut"], ["fit"]):
+        if "--out" not in flags:
+            flags += ["--out", str(tmp_path / "out.pt")]
+        flags += ["--log-file", str(tmp_path / "log.jsonl")]
+        if "--data-file" not in flags:
+            flags += ["--data-file", str(trained / "text.tokens")]
+    assert compress.main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.pt").exists()
+    assert not (tmp_path / "log.jsonl").exists()

@@ -3,6 +3,7 @@
     python3 compress.py fit logs/v7.best.pt --loss +5%        the smallest model within 5% of the perplexity
     python3 compress.py cut logs/v7.best.pt --keep 0.25       a quarter of the parameters
     python3 compress.py compare logs/v7.best.pt               every metric at several budgets
+    python3 compress.py tune logs/v7.best.cut.pt              train what is left, beside the model it was cut from
     python3 compress.py spectrum logs/v7.best.pt              how low the ranks of its matrices are
 
 A matrix W (m, n) becomes U V of rank k where that is smaller: in the linear layers, the embedding and the head, all
@@ -374,6 +375,7 @@ class Text(NamedTuple):
     """A model's text: what metrics are measured on, and the two halves of what it has not been trained on."""
 
     name: str
+    train: Tensor  # (N,)
     calibration: Tensor  # (N,)
     source: str  # of the calibration tokens, in words
     decide: Tensor  # what `fit` decides on
@@ -395,7 +397,9 @@ def read_text(args: argparse.Namespace, content: dict) -> Text:
         raise UserError(f"{path} has another vocabulary than {args.checkpoint}: {len(corpus.vocabulary):,} words, not "
                         f"{len(vocabulary):,}; --data-file, --val-fraction and --min-count have to be those of its run")
     half = len(corpus.val) // 2 // T * T or len(corpus.val) // 2
-    if args.calibration:
+    if args.command == "tune":
+        calibration, source = corpus.train[:T], ""
+    elif args.calibration:
         calibration = v10.encode(v10.read_words(Path(args.calibration), content["config"]["tokenize"])[0], vocabulary)
         source = Path(args.calibration).name
         if torch.equal(calibration, corpus.val) or Path(args.calibration).resolve() == path.resolve():
@@ -403,9 +407,10 @@ def read_text(args: argparse.Namespace, content: dict) -> Text:
     else:
         windows, _ = v10.sample_batch(corpus.train, max(1, args.tokens // T), T, v11.seeded(args.seed, 0))
         calibration, source = windows.flatten(), f"training tokens of {path.name}"
+    calibration = calibration[:getattr(args, "tokens", T) // T * T or T]
     if len(calibration) < T:
         raise UserError(f"{source} gives {len(calibration):,} calibration tokens, and a block needs {T:,}")
-    return Text(path.name, calibration[:args.tokens // T * T or T], source, corpus.val[:half + 1], corpus.val[half:])
+    return Text(path.name, corpus.train, calibration, source, corpus.val[:half + 1], corpus.val[half:])
 
 
 class Job:
@@ -463,7 +468,7 @@ def report(job: Job, ranks: list[int | None], gap: float, command: str) -> dict:
         plain = mean_loss(job.losses("plain", plain_ranks, job.text.report)) - mean_loss(before)
     predicted = sum(matrix.tails[k] for matrix, k in zip(found, ranks, strict=True) if k) / 2
     stayed = [matrix.name for matrix, k in zip(found, ranks, strict=True) if k is None]
-    v10.save(Path(args.out), content)
+    v10.save(Path(args.out), content | {"cut_from": Path(args.checkpoint).name})
     rows = [("", "before", "after", "")]
     for name, label in (("all", "parameters"), ("linear", "  in linear layers"), ("ends", "  in embedding and head")):
         rows.append((label, f"{size[name]:,}", f"{new[name]:,}", f"{new[name] / size[name]:.1%} kept"))
@@ -579,6 +584,108 @@ def compare(args):
                      only=args.only, seed=args.seed, tokens=len(job.text.calibration), calibration=job.text.source,
                      data_file=job.text.name, report_tokens=sum(n for _, n in job.before), before=sizes(job.model),
                      loss_before=mean_loss(job.before), rows=rows)
+
+
+class LoRA(torch.nn.Module):
+    """A frozen layer, and beside it (alpha / r) x A^T B^T, for A (r, n) and B (m, r), which is zero at first (Hu et
+    al., 2021, arXiv 2106.09685)."""
+
+    def __init__(self, layer, rank, alpha):
+        super().__init__()
+        m, n = layer.shape
+        self.layer, self.scale = layer, alpha / rank
+        self.A, self.B = torch.nn.Parameter(torch.randn(rank, n) / n ** 0.5), torch.nn.Parameter(torch.zeros(m, rank))
+
+    def forward(self, x):
+        return self.layer(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self):
+        """A layer that computes the same: W + (alpha / r) B A, or factors of rank R + r."""
+        B = self.scale * self.B.detach()
+        if self.layer.rank is None:
+            self.layer.weight.data += B @ self.A.detach()
+        else:
+            self.layer.set_factors(torch.cat([self.layer.U.detach(), B], 1),
+                                   torch.cat([self.layer.V.detach(), self.A.detach()]))
+        return self.layer
+
+
+def replace_layers(model, new):
+    """Put new(layer) in the place of each linear layer, the same one wherever blocks share it."""
+    made = {}
+    for block in model.blocks:
+        for name, layer in [*block.named_children()]:
+            if hasattr(layer, "factors") or isinstance(layer, LoRA):
+                made[layer] = made.get(layer) or new(layer)
+                setattr(block, name, made[layer])
+
+
+def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespace) -> int:
+    """Train some of a model's parameters for --steps on tokens (N,) -> how many they are. `factors`: those of all
+    factored matrices; `lora`: additions of rank --lora-rank to the linear layers, merged at the end; `all`."""
+    torch.manual_seed(args.seed)
+    if kind == "lora":
+        replace_layers(model, lambda layer: LoRA(layer, args.lora_rank, args.lora_alpha or 2 * args.lora_rank))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = {"all": True, "factors": name.rpartition(".")[2] in "UV",
+                                   "lora": name.rpartition(".")[2] in "AB"}[kind]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("there are no factors to train: --train all or lora")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    generator = torch.Generator().manual_seed(args.seed)
+    model.train()
+    for step in tqdm(range(args.steps), desc=kind, unit="step", disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        batch = v10.sample_batch(tokens, args.batch_size, model.config.block_size, generator)
+        loss = model(*batch)
+        if not math.isfinite(loss.item()):
+            raise v10.TrainingError(f"the loss of step {step + 1} is not finite: try a smaller --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if kind == "lora":
+        replace_layers(model, LoRA.merged)
+    model.eval().requires_grad_(True)
+    return sum(parameter.numel() for parameter in trained)
+
+
+def tune(args):
+    """Fine-tune a cut model, and beside it the one that it was cut from, with the same steps."""
+    content = v10.load(Path(args.checkpoint))
+    uncut = Path(args.uncut or Path(args.checkpoint).parent / content.get("cut_from", ""))
+    if not uncut.is_file():
+        raise UserError(f"{args.checkpoint} is compared with the model that it was cut from: --uncut CKPT names it")
+    whole, text, rows = v10.load(uncut), read_text(args, content), []
+    if whole["vocabulary"] != content["vocabulary"]:
+        raise UserError(f"{uncut} has another vocabulary than {args.checkpoint}")
+    if args.on:
+        tokens = v10.encode(v10.read_words(Path(args.on), content["config"]["tokenize"])[0], content["vocabulary"])
+        T, part = content["config"]["block_size"], len(tokens) * 4 // 5
+        if min(part, len(tokens) - part) <= T:
+            raise UserError(f"{args.on} gives {len(tokens):,} tokens; a fifth of them, held out, should be more than "
+                            f"a block of {T:,}")
+        text = text._replace(name=Path(args.on).name, train=tokens[:part], report=tokens[part:])
+    for name, of_model, kind in (("cut", content, args.train), ("uncut", whole, "all")):
+        model = v10.build_model(of_model | {"config": of_model["config"] | {"dropout": args.dropout}}).eval()
+        before = block_losses(model, text.report)
+        trained = fine_tune(model, kind, text.train, args)
+        after = block_losses(model, text.report)
+        rows.append({"model": name, "train": kind, "parameters": v10.count_parameters(model), "trained": trained,
+                     "loss_before": mean_loss(before), "loss": mean_loss(after)})
+        if name == "cut":
+            v10.save(Path(args.out), of_model | v10.model_content(model, content["vocabulary"]) | {
+                "config": of_model["config"]})
+    v10.say(f"{'':8}{'trained':>10}{'parameters':>14}{'of these':>14}{'loss before':>14}{'after':>10}")
+    for row in rows:
+        v10.say(f"{row['model']:8}{row['train']:>10}{row['parameters']:>14,}{row['trained']:>14,}"
+                f"{row['loss_before']:>14.4f}{row['loss']:>10.4f}")
+    v10.say(f"{args.steps} steps; measured on {sum(n for _, n in before):,} held-out tokens; the tuned model: "
+            f"{args.out}")
+    v10.write_record(Path(args.log_file), "compress", command="tune", checkpoint=Path(args.checkpoint).name,
+                     steps=args.steps, lr=args.lr, seed=args.seed, data_file=text.name, lora_rank=args.lora_rank,
+                     models=rows)
 
 
 ENERGIES = (0.9, 0.95, 0.99, 0.999)
@@ -699,7 +806,7 @@ def build_parser():
         sub.set_defaults(run=run)
         return sub
 
-    for name, run in (("fit", fit), ("cut", cut), ("compare", compare)):
+    for name, run in (("fit", fit), ("cut", cut), ("tune", tune), ("compare", compare)):
         sub = command(name, run)
         flag = sub.add_argument
         flag("checkpoint", type=v10.PATH, metavar="CKPT", help="of v7, v10 or v11, or one that compress.py wrote")
@@ -712,19 +819,35 @@ def build_parser():
             one("--params", type=parameters, help="the whole model's parameters, such as 5M")
             one("--rank", type=v10.COUNT, help="one rank for all; a matrix that it would not make smaller stays")
             one("--energy", type=number(float, above=0, below=1), help="the share of the sum of s_i^2 to keep in each")
-        flag("--only", choices=("linear", "ends", "all"), default="all", help="ends: embedding and head")
-        if name != "compare":
+        if name == "tune":
+            flag("--train", choices=("factors", "lora", "all"), default="factors", help="what is trained; lora: "
+                 "additions of low rank to the linear layers, merged into them at the end")
+            flag("--lora-rank", type=v10.COUNT, default=8, help="of each addition")
+            flag("--lora-alpha", type=v10.POSITIVE, help="an addition's weight is alpha / rank; by default 2 rank")
+            flag("--uncut", type=v10.PATH, help="the model that it was cut from, if it is not beside it")
+            flag("--on", type=v10.PATH, help="another text, to train and to report on; its last fifth is held out")
+            flag("--steps", type=v10.COUNT, default=200, help="of AdamW, its rate falling to 0 along a cosine")
+            flag("--lr", type=v10.POSITIVE, default=1e-4, help="the highest rate")
+            flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
+            flag("--batch-size", type=v10.COUNT, default=16, help="blocks per step")
+            flag("--dropout", type=v10.FRACTION, default=0.1, help="while it trains")
+        else:
+            flag("--only", choices=("linear", "ends", "all"), default="all", help="ends: embedding and head")
+        if name in ("fit", "cut"):
             flag("--metric", choices=METRICS, default="fisher", help="what a cut loses")
             flag("--allocate", choices=("uniform", "energy", "global"), default="global",
                  help="one share of the parameters or of the energy for all, or one budget over all")
-            flag("--out", type=v10.PATH, help="the cut model; by default NAME.cut.pt beside the checkpoint")
             flag("--dense", action="store_true", help="multiply the factors out again")
+        if name != "compare":
+            flag("--out", type=v10.PATH, help="the new model; by default NAME.cut.pt or NAME.tuned.pt beside the "
+                 "checkpoint")
             flag("--overwrite", action="store_true", help="replace an existing --out")
         flag("--data-file", type=v10.PATH, help="the checkpoint's text, if it is elsewhere than where the run had it")
         flag("--val-fraction", type=number(float, above=0, below=1), help="how the run read it; by default as noted")
         flag("--min-count", type=v10.COUNT, help="how the run read it; by default as noted")
-        flag("--calibration", type=v10.PATH, help="another text to measure the metric on")
-        flag("--tokens", type=v10.COUNT, default=16_384, help="calibration tokens")
+        if name != "tune":
+            flag("--calibration", type=v10.PATH, help="another text to measure the metric on")
+            flag("--tokens", type=v10.COUNT, default=16_384, help="calibration tokens")
         flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of calibration windows and labels")
         flag("--log-file", type=v10.PATH, default="logs/compress.jsonl", help="a record per command is added to it")
     sub = command("spectrum", spectrum)
@@ -743,7 +866,8 @@ def check(args):
     if "out" not in args:
         return
     path = Path(args.checkpoint)
-    args.out = args.out or str(path.with_name(path.name.removesuffix(".pt") + ".cut.pt"))
+    kind = "tuned" if args.command == "tune" else "cut"
+    args.out = args.out or str(path.with_name(f"{path.name.removesuffix('.pt')}.{kind}.pt"))
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists: --overwrite replaces it, --out NAME writes elsewhere")
 

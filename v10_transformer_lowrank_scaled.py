@@ -40,7 +40,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -894,6 +894,7 @@ class Request:
     corpus: Corpus
     test_tokens: Tensor | None  # (N,)
     initial_ranks: list[int]  # those of --ranks-from, else []
+    start: dict | None  # the content of --init-from
     checkpoint: dict | None  # to go on from
     moved: bool  # the checkpoint is of another device or another number of processes
 
@@ -928,6 +929,8 @@ def build_run(request):
     torch.manual_seed(args.seed)
     if checkpoint:
         model = build_model(checkpoint, variant.linear)
+    elif request.start:
+        model = start_from(request.start, variant, args.dropout)
     else:
         ranks = itertools.chain(request.initial_ranks, itertools.repeat(getattr(args, "init_rank", None)))
         config = GPTConfig.of_flags(args, len(request.corpus.vocabulary))
@@ -1152,7 +1155,8 @@ def finish(run):
         if end[name] is not None:
             at = f" (epoch {best['epoch']})" if "best" in name else ""
             say(f"{name.replace('_', ' ')}: {end[name]:.3f}, perplexity {perplexity(end[name]):.2f}{at}{leak}")
-    found = (f"ranks: {settings.get('init_rank') or settings['ranks_from']} -> {fmean(ranks):.1f} on average "
+    first = settings.get("init_rank") or settings["ranks_from"] or settings["init_from"]
+    found = (f"ranks: {first} -> {fmean(ranks):.1f} on average "
              f"({min(ranks)}-{max(ranks)}); ") if ranks else ""
     say(f"{found}parameters in use: {count_parameters(model):,}, {count_parameters(*run.layers):,} of them in the "
         f"linear layers\nlog: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
@@ -1731,6 +1735,35 @@ def build_model(content: dict, linear=LowRankLinearAdaptiveSpectral) -> GPT:
     return model
 
 
+def start_from(content: dict, variant: Variant, dropout: float) -> GPT:
+    """The model of a checkpoint's content with the layers of a variant, for --init-from: a factored layer is multiplied
+    out where the variant's are dense, a dense one becomes factors of full rank, evenly split, where they are not."""
+    source = build_model(content)
+    ranks = iter([layer.rank or min(layer.shape) for layer in source.linears().values()])
+    model = GPT(replace(source.config, dropout=dropout), lambda n, m: variant.linear(n, m, next(ranks)),
+                source.end_ranks())
+    model.load_state_dict(source.state_dict(), strict=False)  # but for layers of another kind
+    for old, new in zip(source.linears().values(), model.linears().values(), strict=True):
+        if new.rank is None:
+            new.weight.data = torch.matmul(*old.factors())
+        elif old.rank is None:
+            P, S, Qt = torch.linalg.svd(old.weight.detach(), full_matrices=False)
+            new.set_factors(P * S.sqrt(), S.sqrt()[:, None] * Qt)
+    return model
+
+
+def check_start(content, args, vocabulary):
+    """Raises UserError if the model of --init-from is not one of these flags, but for dropout, and of this text."""
+    config = content["config"] | {"dropout": args.dropout}
+    flags = [f"--{name.replace('_', '-')} {config[name]}".replace(" True", "") for name, asked in asdict(GPTConfig.of_flags(
+        args, len(vocabulary))).items() if config[name] != asked and name != "vocab_size"]
+    if flags:
+        raise UserError(f"{args.init_from} holds another model, of {' '.join(flags)}")
+    if content["vocabulary"] != vocabulary:
+        raise UserError(f"{args.init_from} has another vocabulary, of {len(content['vocabulary']):,} words, than the "
+                        f"text, of {len(vocabulary):,}")
+
+
 def load_model(path: str | Path, linear=LowRankLinearAdaptiveSpectral) -> tuple[GPT, list[str]]:
     """A checkpoint, last or best -> (model in evaluation mode, on the CPU; its vocabulary). A variant with a factored
     layer of its own gives its `linear`."""
@@ -1855,6 +1888,8 @@ def add_model_flags(parser):
     flag("--tie-embeddings", action=argparse.BooleanOptionalAction, default=GPTConfig.tie_embeddings,
          help="the head's matrix is the token embedding's")
     flag("--share-layers", action="store_true", help="all blocks have the linear layers of the first")
+    flag("--init-from", type=PATH, metavar="CKPT", help="start from the weights and ranks of a checkpoint, also of one "
+         "that compress.py has cut, without its optimizer; sizes and vocabulary have to be its own")
 
 
 def add_rank_flags(parser):
@@ -1911,7 +1946,9 @@ def check_flags(args):
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} cannot be split evenly into {parts} parts "
                         f"({process_count()} processes, --grad-accum {args.grad_accum or 1})")
-    if "init_rank" in args and not args.ranks_from:
+    if args.init_from and args.ranks_from:
+        raise UserError("--init-from and --ranks-from exclude each other")
+    if "init_rank" in args and not args.ranks_from and not args.init_from:
         check_ranks([args.init_rank], "--init-rank", args)
 
 
@@ -1931,7 +1968,7 @@ def read_request(args, variant, command, locks):
     check_flags(args)
     device = pick_device(args.device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
-    files = Files.named(args, data, *tests, *([Path(args.ranks_from)] if args.ranks_from else []))
+    files = Files.named(args, data, *tests, *(Path(name) for name in (args.ranks_from, args.init_from) if name))
     corpus = load_corpus(data, args.val_fraction, args.block_size, args.tokenize, args.min_count)
     if args.tokenize == "words" and len(corpus.vocabulary) > (len(corpus.train) + len(corpus.val)) / 2:
         say(f"*** more than half of the words of {data.name} are distinct: if it is a text without spaces, "
@@ -1943,8 +1980,9 @@ def read_request(args, variant, command, locks):
         "script": variant.name, "command": command, "processes": process_count(), "device": device.type,
         "data_file": data.name, "data_sha256": corpus.sha256, "test_file": tests[0].name if tests else None,
         "ranks_from": args.ranks_from and Path(args.ranks_from).name,
+        "init_from": args.init_from and Path(args.init_from).name,
         "log_file": files.log.name, "checkpoint": files.last.name}
-    if args.ranks_from:
+    if args.ranks_from or args.init_from:
         settings["init_rank"] = None
     once(files.claim, locks)
     checkpoint = find_checkpoint(args, files)
@@ -1952,6 +1990,9 @@ def read_request(args, variant, command, locks):
         args, settings, vars(build_parser(variant).parse_args([])), checkpoint, files)
     initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not checkpoint else []
     check_ranks(initial_ranks, f"{args.ranks_from}: rank", args)
+    start = load(Path(args.init_from)) if args.init_from and not checkpoint else None
+    if start:
+        check_start(start, args, corpus.vocabulary)
     if not args.grad_accum:
         settings["grad_accum"] = (checkpoint["settings"]["grad_accum"] if checkpoint and not moved else
                                   default_grad_accum(args.batch_size // process_count(), args.block_size, device))
@@ -1964,8 +2005,8 @@ def read_request(args, variant, command, locks):
             record.get("kind") == "end" for record in read_records(files.log, checkpoint["log_bytes"])):
         say(f"{files.log} is finished: {args.epochs} epochs. A larger --epochs continues it.")
         return None
-    return Request(variant, args, settings, dtype_reason, device, files, corpus, test_tokens, initial_ranks, checkpoint,
-                   moved)
+    return Request(variant, args, settings, dtype_reason, device, files, corpus, test_tokens, initial_ranks, start,
+                   checkpoint, moved)
 
 
 def main(argv: list[str] | None = None, variant: Variant | None = None) -> int:

@@ -514,7 +514,7 @@ class LowRankSpectron(v10.Variant):
         shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
         budget, sides = budget_parameters(args, shapes), list(map(sum, shapes))
         spend(budget, sides, [[0.0] * args.min_rank] * len(shapes), args.min_rank)  # is --min-rank too much?
-        if not args.ranks_from and size([args.init_rank] * len(sides), sides) <= budget:
+        if not args.ranks_from and not args.init_from and size([args.init_rank] * len(sides), sides) <= budget:
             v10.say(f"*** --init-rank {args.init_rank} is within --rank-budget {args.rank_budget:g} already: nothing "
                     "will be cut")
 

@@ -1,5 +1,6 @@
 """compress.py: its metrics against what they promise, its budgets against brute force, its commands as a user types
 them."""
+import argparse
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import compress
+import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import records
@@ -305,13 +307,76 @@ def test_words_and_hidden_units_in_another_order_change_nothing():
             assert relative(theirs, ours) < 1e-8
 
 
+# ---- Fine-tuning -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("flags", [{}, {"share_layers": True}])
+def test_lora_changes_nothing_at_first_and_merged_it_computes_the_same(rank, flags):
+    model, x = small_model(rank, **flags), calibration().view(-1, 8)
+    before = model(x)
+    compress.replace_layers(model, lambda layer: compress.LoRA(layer, 3, alpha=6).double())
+    assert torch.equal(model(x), before)
+    additions = {module for module in model.modules() if isinstance(module, compress.LoRA)}
+    assert len(additions) == (6 if flags else 12)
+    for addition in additions:
+        torch.nn.init.normal_(addition.B)
+    added = model(x)
+    assert relative(added, before) > 0.1
+    compress.replace_layers(model, compress.LoRA.merged)
+    assert relative(model(x), added) < 1e-6
+    assert model.ranks() == ([] if rank is None else [rank + 3] * len(additions))
+
+
+@pytest.mark.parametrize("kind", ["factors", "lora", "all"])
+def test_fine_tuning_trains_what_it_says_and_nothing_else(kind):
+    model = small_model()
+    found = compress.matrices(model, "plain", None, "linear")
+    cut = v10.build_model(compress.cut_model(content_of(model), model, found, [3] * 11 + [None])).eval()
+    before = {name: value.clone() for name, value in cut.state_dict().items()}
+    args = argparse.Namespace(seed=0, lora_rank=2, lora_alpha=None, lr=1e-2, weight_decay=0.0, steps=3, batch_size=4)
+    trained = compress.fine_tune(cut, kind, calibration(), args)
+    after = cut.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {name for name in before if name.split(".")[-2] in ("q", "k", "v", "o", "up", "down")}
+    factors = {name for name in linear if not name.endswith("weight")}
+    if kind == "all":
+        assert trained == v10.count_parameters(cut)
+        assert changed > linear
+    if kind == "factors":
+        assert changed == factors
+        assert trained == v10.count_parameters(*cut.linears().values()) - 12 * 20
+    if kind == "lora":
+        assert changed == linear
+        assert trained == sum(2 * sum(layer.shape) for layer in cut.linears().values())
+        assert cut.ranks() == [5] * 11
+    assert not cut.training
+
+
+def test_tune_improves_a_cut_model_and_reports_the_uncut_one_beside_it(trained, tmp_path):
+    log, common = tmp_path / "log.jsonl", ["--data-file", str(trained / "text.tokens")]
+    common += ["--log-file", str(tmp_path / "log.jsonl")]
+    assert compress.main(["cut", str(trained / "v7.best.pt"), "--keep", "0.2", "--out", str(tmp_path / "cut.pt"),
+                          *common]) == 0
+    for kind in ("factors", "lora", "all"):
+        assert compress.main(["tune", str(tmp_path / "cut.pt"), "--train", kind, "--steps", "20", "--lr", "2e-3",
+                              "--uncut", str(trained / "v7.best.pt"), "--out", str(tmp_path / f"{kind}.pt"),
+                              *common]) == 0
+        cut, uncut = records(log, "compress")[-1]["models"]
+        assert cut["loss"] < cut["loss_before"]
+        assert uncut["trained"] == uncut["parameters"] > cut["trained"]
+        model, _ = v10.load_model(tmp_path / f"{kind}.pt")
+        assert v10.count_parameters(model) == cut["parameters"]
+    (tmp_path / "other").write_text((trained / "text.tokens").read_text()[:4000])
+    assert compress.main(["tune", str(tmp_path / "cut.pt"), "--steps", "2", "--uncut", str(trained / "v7.best.pt"),
+                          "--on", str(tmp_path / "other"), "--out", str(tmp_path / "on.pt"), *common]) == 0
+
+
 # ---- The commands ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Checkpoints of a dense and a factored model, trained for a moment on a text with structure."""
     folder = tmp_path_factory.mktemp("trained")
-    import v7_transformer_dense_baseline as v7
     text = folder / "text.tokens"
     g = np.random.default_rng(0)
     words = [0]
@@ -323,6 +388,56 @@ def trained(tmp_path_factory):
     assert v7.main([*flags, "--log-file", str(folder / "v7.jsonl")]) == 0
     assert v11.main([*flags, "--log-file", str(folder / "v11.jsonl"), "--init-rank", "16", "--cuts", "0"]) == 0
     return folder
+
+
+SIZES = """--d-model 32 --n-layers 2 --n-heads 2 --d-ff 64 --block-size 16 --epochs 1 --batch-size 8 --steps-per-epoch 4
+    --lr 1e-6 --val-fraction 0.2 --device cpu --dtype float32""".split()
+
+
+@pytest.mark.parametrize(("script", "start"), [
+    (v10, "v7"), (v10, "v11"), (v11, "v7"), (v7, "v7"), (v7, "v11"), (v10, "cut"), (v7, "cut"), (v11, "cut")])
+def test_training_starts_from_a_checkpoint_of_another_script_or_a_cut_one(trained, tmp_path, script, start):
+    ckpt, tied = trained / f"{start}.best.pt", ["--tie-embeddings"] if start == "v11" else []
+    if start == "cut":
+        ckpt = tmp_path / "cut.pt"
+        assert compress.main(["cut", str(trained / "v7.best.pt"), "--keep", "0.4", "--out", str(ckpt), "--data-file",
+                              str(trained / "text.tokens"), "--log-file", str(tmp_path / "c.jsonl")]) == 0
+    if script is v11:
+        tied += ["--cuts", "0"] if tied else ["--no-tie-embeddings", "--cuts", "2", "--rank-budget", "0.3"]
+    flags = [*SIZES, *tied, "--data-file", str(trained / "text.tokens"), "--init-from", str(ckpt), "--log-file",
+             str(tmp_path / "run.jsonl")]
+    assert script.main(flags) == 0
+    first, epoch = (records(tmp_path / "run.jsonl", kind)[0] for kind in ("run", "epoch"))
+    source, _ = v10.load_model(ckpt)
+    model, _ = v10.load_model(tmp_path / "run.pt")
+    corpus = v10.load_corpus(trained / "text.tokens", 0.2, 16)
+    assert first["init_from"] == ckpt.name
+    assert model.end_ranks() == source.end_ranks()
+    assert bool(model.ranks()) == (script is not v7)
+    if script is not v11:  # which has cut
+        assert epoch["val_loss"] == pytest.approx(v10.evaluate(source, corpus.val, 8), abs=1e-3)
+        assert first["factor_parameters"] == sum(
+            (layer.rank or min(layer.shape)) * sum(layer.shape) if script is v10 else layer.shape[0] * layer.shape[1]
+            for layer in source.linears().values())
+    else:
+        assert epoch["factor_params_millions"] <= 0.3 * 2 * (4 * 32 * 32 + 2 * 32 * 64) / 1e6
+    assert script.main([*flags, "--resume", "--epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--d-model", "16"], "holds another model, of --d-model 32"),
+    (["--tie-embeddings"], "of --tie-embeddings False"),
+    (["--ranks-from", "{log}"], "--init-from and --ranks-from exclude each other"),
+    (["--init-from", "{text}"], "is not a checkpoint of this suite"),
+    (["--min-count", "150"], "has another vocabulary, of 40 words")])
+def test_a_start_from_a_model_that_is_not_of_these_flags_is_refused(trained, tmp_path, capsys, flags, said):
+    names = {"log": trained / "v11.jsonl", "text": tmp_path / "text"}
+    (tmp_path / "text").write_text("no model")
+    assert v10.main([*SIZES, "--data-file", str(trained / "text.tokens"), "--init-from", str(trained / "v7.best.pt"),
+                     "--log-file", str(tmp_path / "run.jsonl"), *(flag.format(**names) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["v7", "v11"])
@@ -402,6 +517,9 @@ def test_a_spectrum_is_that_of_the_matrices(trained, tmp_path, capsys):
     (["spectrum", "{text}"], "cannot be read without running code"), (["spectrum", "nowhere"], "there is no nowhere"),
     (["spectrum", "{bad}"], "is not a good safetensors file"), (["spectrum", "{nan}"], "w holds a number that is not"),
     (["spectrum", "{flat}"], "has no matrix"), (["spectrum", "{code}"], "cannot be read without running code"),
+    (["tune", "{ckpt}"], "is compared with the model that it was cut from"),
+    (["tune", "{ckpt}", "--uncut", "{ckpt}"], "there are no factors to train"),
+    (["tune", "{ckpt}", "--uncut", "{ckpt}", "--on", "{short}"], "gives 2 tokens; a fifth of them"),
     ([], "required: COMMAND"), (["shrink"], "invalid choice")])
 def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_path, capsys, flags, said):
     from safetensors.torch import save_file
@@ -415,7 +533,7 @@ def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_pat
              "short": tmp_path / "short", "bad": tmp_path / "bad.safetensors", "nan": tmp_path / "nan.pt",
              "flat": tmp_path / "flat.safetensors", "code": tmp_path / "code.pt"}
     flags = [flag.format(**names) for flag in flags]
-    if flags[:1] in (["cut"], ["fit"]):
+    if flags[:1] in (["cut"], ["fit"], ["tune"]):
         if "--out" not in flags:
             flags += ["--out", str(tmp_path / "out.pt")]
         flags += ["--log-file", str(tmp_path / "log.jsonl")]

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 PROJECTIONS = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "FFN \N{UPWARDS ARROW}",
                "down": "FFN \N{DOWNWARDS ARROW}"}  # as the report shows them, in its order
@@ -247,9 +248,81 @@ def read_log(path: Path, name: str, init_rank: float) -> Run:
     return run
 
 
-def read_logs(paths: list[Path], init_rank: float) -> list[Run]:
-    """Logs -> Runs, each with a name of its own, also where capitals do not count: the file's, and its folder's where
-    two files share a name. A log that cannot be read is left out, with a warning; raises LogError if none can be."""
+class Compression(NamedTuple):
+    """A log of compress.py."""
+
+    name: str
+    records: list
+
+
+def check_compression(record):
+    """Raises ValueError for a record that compress.py did not write."""
+    def numbers(values, *names):
+        if not isinstance(values, dict) or not all(is_number(values.get(name)) for name in names):
+            raise ValueError(f"{', '.join(names)} should be numbers")
+
+    def listed(values, kind):
+        if not isinstance(values, kind) or not values:
+            raise ValueError("a record of compress.py without its numbers")
+        return values
+    if not isinstance(record.get("checkpoint"), str):
+        raise ValueError("checkpoint should be text")
+    command = record.get("command")
+    if command in ("cut", "fit"):
+        numbers(record, "loss_before", "loss")
+        if not isinstance(record.get("metric"), str) or record.get("allocate") not in ("uniform", "energy", "global"):
+            raise ValueError("metric and allocate should be text")
+        for name in ("before", "after"):
+            numbers(record.get(name), "all", "linear", "ends")
+            if min(record[name]["all"], record[name]["linear"]) <= 0:
+                raise ValueError("a model without parameters")
+        for name in ("plain_increase", "loss_error"):
+            if record.get(name) is not None:
+                numbers(record, name)
+    elif command == "compare":
+        numbers(record, "loss_before")
+        numbers(record.get("before"), "all")
+        for row in listed(record.get("rows"), list):
+            numbers(row, "keep")
+            for cell in listed(row.get("cuts"), dict).values():
+                numbers(cell, "increase", "parameters")
+        if len({json.dumps([*row["cuts"]]) for row in record["rows"]}) > 1:
+            raise ValueError("rows of other cuts than the first one's")
+    elif command == "tune":
+        for model in listed(record.get("models"), list):
+            numbers(model, "parameters", "trained", "loss_before", "loss")
+            if not isinstance(model.get("model"), str) or not isinstance(model.get("train"), str):
+                raise ValueError("model and train should be text")
+    elif command == "spectrum":
+        for matrix in listed(record.get("matrices"), dict).values():
+            numbers(matrix, "stable_rank", "break_even")
+            values = matrix.get("singular_values"), matrix.get("ranks"), matrix.get("shape")
+            if not all(isinstance(some, list) and some and all(map(is_number, some)) for some in values) or (
+                    len(values[1]), len(values[2])) != (4, 2):
+                raise ValueError("singular_values, ranks and shape should be lists of numbers")
+    else:
+        raise ValueError(f"an unknown command, {json.dumps(command)[:60]}")
+
+
+def read_compression(path: Path, name: str) -> Compression | None:
+    """A log of compress.py, or None if it is another log. Raises LogError."""
+    found = records(path, quiet=True)
+    if not any(isinstance(record, dict) and record.get("kind") == "compress" for _, record in found):
+        return None
+    for number, record in found:
+        try:
+            if not isinstance(record, dict) or record.get("kind") != "compress":
+                raise ValueError("not a record of compress.py, as others here are")
+            check_compression(record)
+        except ValueError as error:
+            raise LogError(f"{path}:{number}: {error}") from None
+    return Compression(name, [record for _, record in found])
+
+
+def read_logs(paths: list[Path], init_rank: float) -> list:
+    """Logs -> Runs, and after them Compressions, each with a name of its own, also where capitals do not count: the
+    file's, and its folder's where two files share a name. A log that cannot be read is left out, with a warning; raises
+    LogError if none can be."""
     runs, problems = [], []
     names = [plain(path.name if path.suffix != ".jsonl" else path.stem) for path in paths]
     for path, name in zip(paths, names, strict=True):
@@ -259,14 +332,14 @@ def read_logs(paths: list[Path], init_rank: float) -> list[Run]:
         while unique.casefold() in taken:
             unique, i = f"{name}_{i}", i + 1
         try:
-            runs.append(read_log(path, unique, init_rank))
+            runs.append(read_compression(path, unique) or read_log(path, unique, init_rank))
         except LogError as problem:
             problems.append(problem)
     if not runs:
         raise problems[0]
     for problem in problems:
         warn(f"{problem}; left out")
-    return runs
+    return sorted(runs, key=lambda run: isinstance(run, Compression))
 
 
 def plain(name):
@@ -287,7 +360,7 @@ OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command",
 
 
 SINCE = {"tokenize": "words", "min_count": 1, "tie_embeddings": False, "share_layers": False, "optimizer": "adamw",
-         "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0}  # what older logs do not say
+         "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0, "init_from": None}  # not in older logs
 
 
 @dataclass
@@ -565,8 +638,46 @@ def comparison_table(groups):
                                               "at epoch", "perplexity", "final val loss", "floor", "tokens/s"], rows)
 
 
+def compression_tables(log):
+    """What compress.py did, by command."""
+    def marked(cell, error):
+        return f"{cell:+.4f}" + (f" \N{PLUS-MINUS SIGN} {error:.4f}" if error is not None else "")
+    cuts = [record for record in log.records if record["command"] in ("cut", "fit")]
+    if cuts:
+        yield Table(f"{log.name}_cut", f"Cuts, {log.name}", [
+            "checkpoint", "command", "metric", "budget", "parameters", "kept", "in linear layers", "kept there", "loss",
+            "change", "perplexity", "plain SVD of this size"], [
+            [record["checkpoint"], record["command"], record["metric"], record["allocate"],
+             f"{record['after']['all']:,}", f"{record['after']['all'] / record['before']['all']:.1%}",
+             f"{record['after']['linear']:,}",
+             f"{record['after']['linear'] / record['before']['linear']:.1%}", f"{record['loss']:.4f}",
+             marked(record["loss"] - record["loss_before"], record.get("loss_error")),
+             f"{math.expm1(min(record['loss'] - record['loss_before'], 700)):+.1%}",
+             Cell(record.get("plain_increase"), "+.4f")] for record in cuts])
+    for i, record in enumerate(record for record in log.records if record["command"] == "compare"):
+        names = [*record["rows"][0]["cuts"]]
+        yield Table(f"{log.name}_compare{i + 1}", f"Change of the loss, {record['checkpoint']}", ["kept", *names], [
+            [f"{row['keep']:.2%}", *(f"{row['cuts'][name]['increase']:+.4f}" for name in names)]
+            for row in record["rows"]])
+    tuned = [record for record in log.records if record["command"] == "tune"]
+    if tuned:
+        yield Table(f"{log.name}_tune", f"Fine-tuning, {log.name}", [
+            "checkpoint", "model", "trained", "parameters", "of these", "loss before", "after"], [
+            [record["checkpoint"], model["model"], model["train"], f"{model['parameters']:,}", f"{model['trained']:,}",
+             f"{model['loss_before']:.4f}", f"{model['loss']:.4f}"] for record in tuned for model in record["models"]])
+    for i, record in enumerate(record for record in log.records if record["command"] == "spectrum"):
+        yield Table(f"{log.name}_spectrum{i + 1}", f"Spectra, {record['checkpoint']}: ranks that hold so much energy", [
+            "matrix", "shape", "stable rank", "90%", "95%", "99%", "99.9%", "break-even"], [
+            [plain(name), f"{matrix['shape'][0]} x {matrix['shape'][1]}", f"{matrix['stable_rank']:.1f}",
+             *map(str, matrix["ranks"]), str(matrix["break_even"])] for name, matrix in record["matrices"].items()])
+
+
 def contents(runs, report=False):
     """What the logs say, in order: paragraphs of text, and Tables. With the report's numbers beside them if asked."""
+    for log in (run for run in runs if isinstance(run, Compression)):
+        yield f"# {log.name}"
+        yield from compression_tables(log)
+    runs = [run for run in runs if isinstance(run, Run)]
     for run in runs:
         s, mark = run.settings, f" {DASH} {LEAK}" if run.sees_targets else ""
         yield f"# {run.title}"
@@ -943,8 +1054,57 @@ def report_figure(run):
     return figure
 
 
+def perplexity_figure(record):
+    """Perplexity against parameters of a comparison by compress.py, the uncut model as the last point."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names, before = [*record["rows"][0]["cuts"]], perplexity(record["loss_before"])
+    colors = {name: plt.cm.viridis(i / max(1, len({n.partition(",")[0] for n in names}) - 1) * 0.85) for i, name in
+              enumerate(dict.fromkeys(name.partition(",")[0] for name in names))}
+    for name in names:
+        cells = [row["cuts"][name] for row in record["rows"]]
+        axes.plot([cell["parameters"] / 1e6 for cell in cells],
+                  [perplexity(record["loss_before"] + cell["increase"]) for cell in cells], marker="o", markersize=4,
+                  color=colors[name.partition(",")[0]], linestyle="--" if name.endswith("uniform") else "-",
+                  label=f" {name}")
+    axes.plot(record["before"]["all"] / 1e6, before, "k*", markersize=10, label=" not cut")
+    axes.set(xscale="log", yscale="log", xlabel="million parameters, all", ylabel="perplexity",
+             title=f"{label(record['checkpoint'])}: what cuts cost")
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    low, high = axes.get_ylim()
+    marks = [mark * 10**power for power in range(9) for mark in (1, 1.5, 2, 3, 4, 5, 7)]
+    marks = [mark for mark in marks if low <= mark <= high]
+    axes.set_yticks(marks, [f"{mark:,.0f}" for mark in marks])
+    axes.minorticks_off()
+    axes.legend(fontsize=9)
+    return figure
+
+
+def spectra_figure(record):
+    """The singular values of each matrix over its largest, against their number over the break-even rank."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, matrix in enumerate(record["matrices"].values()):
+        values = np.array(matrix["singular_values"], float)
+        if values[0] > 0 and matrix["break_even"] > 0:
+            axes.plot(np.arange(1, len(values) + 1) / matrix["break_even"], values / values[0], linewidth=1,
+                      color=plt.cm.viridis(i / len(record["matrices"])), alpha=0.8)
+    axes.axvline(1, color="gray", linestyle=":")
+    axes.annotate("to the right of it, factors are larger than the matrix", (1, 1), (4, -4), va="top", fontsize=8,
+                  textcoords="offset points", color="#444444", xycoords=("data", "axes fraction"))
+    axes.set(xlabel="number of the singular value / break-even rank", ylabel="singular value / the largest",
+             ylim=(0, 1.02), title=f"{label(record['checkpoint'])}: {len(record['matrices'])} spectra")
+    return figure
+
+
 def figures(runs, x="epoch", report=False):
     """Yields (file name without its ending, figure), one after the other."""
+    for log in (run for run in runs if isinstance(run, Compression)):
+        for command, draw in (("compare", perplexity_figure), ("spectrum", spectra_figure)):
+            for i, record in enumerate(record for record in log.records if record["command"] == command):
+                yield f"{log.name}_{command}{i + 1}", draw(record)
+    runs = [run for run in runs if isinstance(run, Run)]
+    if not runs:
+        return
     yield "losses", losses_figure(grouped(runs), x)
     if known := [group for group in grouped(runs) if all(epoch.get("update_norms") for epoch in group.first.epochs)]:
         yield "telemetry", telemetry_figure(known)
@@ -1071,7 +1231,7 @@ def main(argv=None):
         pictures = {picture.stem: picture.read_bytes() for picture in made}
         (out / "index.html").write_text(html_page(parts, pictures), encoding="utf-8", errors="replace")
         if args.tensorboard:
-            write_tensorboard(runs, args.tensorboard)
+            write_tensorboard([run for run in runs if isinstance(run, Run)], args.tensorboard)
             made.append(args.tensorboard)
         screen("\n".join([text, *map(str, made), str(out / "tables.md"), str(out / "index.html")]))
     except LogError as error:

@@ -1755,8 +1755,9 @@ def start_from(content: dict, variant: Variant, dropout: float) -> GPT:
 def check_start(content, args, vocabulary):
     """Raises UserError if the model of --init-from is not one of these flags, but for dropout, and of this text."""
     config = content["config"] | {"dropout": args.dropout}
-    flags = [f"--{name.replace('_', '-')} {config[name]}".replace(" True", "") for name, asked in asdict(GPTConfig.of_flags(
-        args, len(vocabulary))).items() if config[name] != asked and name != "vocab_size"]
+    asked = asdict(GPTConfig.of_flags(args, len(vocabulary))) | {"vocab_size": config["vocab_size"]}
+    flags = [f"--{name.replace('_', '-')} {config[name]}".replace(" True", "") for name in asked
+             if config[name] != asked[name]]
     if flags:
         raise UserError(f"{args.init_from} holds another model, of {' '.join(flags)}")
     if content["vocabulary"] != vocabulary:

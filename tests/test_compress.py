@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import compress
+import plot_logs
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
@@ -305,6 +306,52 @@ def test_words_and_hidden_units_in_another_order_change_nothing():
                    for m, text in ((model, tokens), (other, position[tokens]))]
         for ours, theirs in zip(*spectra, strict=True):
             assert relative(theirs, ours) < 1e-8
+
+
+# ---- Its log ---------------------------------------------------------------------------------------------------------
+
+def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, capsys):
+    log, common = tmp_path / "log.jsonl", ["--data-file", str(trained / "text.tokens"), "--log-file",
+                                           str(tmp_path / "log.jsonl")]
+    ckpt, cut = str(trained / "v7.best.pt"), str(tmp_path / "cut.pt")
+    for flags in (["cut", ckpt, "--keep", "0.3", "--out", cut], ["compare", ckpt],
+                  ["tune", cut, "--uncut", ckpt, "--steps", "2"]):
+        assert compress.main([*flags, *common]) == 0
+    assert compress.main(["spectrum", ckpt, "--log-file", str(log)]) == 0
+    for logs in ([log], [log, trained / "v7.jsonl"]):
+        capsys.readouterr()
+        assert plot_logs.main([*map(str, logs), "--out", str(tmp_path / "figures")]) == 0
+        out, err = capsys.readouterr()
+        assert not err
+        for title in ("Cuts, log", "Change of the loss, v7.best.pt", "Fine-tuning, log", "Spectra, v7.best.pt"):
+            assert title in out
+        kept, = (line for line in out.splitlines() if "| v7.best.pt " in line and " cut |" in line)
+        record = records(log, "compress")[0]
+        assert f"{record['after']['all']:,}" in kept
+        assert f"{record['loss']:.4f}" in kept
+        assert ("Comparison" in out) == ("# v7" in out and "# v11" in out)
+        for name in ("log_compare1", "log_spectrum1"):
+            assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
+            assert name in (tmp_path / "figures" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"loss": "low"}, "loss_before, loss should be numbers"), ({"command": "shrink"}, "an unknown command"),
+    ({"metric": 3}, "metric and allocate should be text"), ({"after": {}}, "all, linear, ends should be numbers"),
+    ({"checkpoint": None}, "checkpoint should be text"), ({"kind": "epoch"}, "no epoch in it")])
+def test_a_damaged_record_of_compress_is_told_in_one_line(tmp_path, capsys, change, said):
+    sizes = {"all": 9, "linear": 5, "ends": 3}
+    record = {"kind": "compress", "command": "cut", "checkpoint": "v7.pt", "metric": "fisher", "allocate": "global",
+              "loss_before": 5.0, "loss": 5.1, "before": sizes, "after": sizes}
+    (tmp_path / "log.jsonl").write_text(json.dumps(record | change) + "\n")
+    code = plot_logs.main([str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    if "kind" in change:
+        assert code == 2
+        return
+    assert code == 2
+    assert said in error
+    assert error.count("\n") == 1
 
 
 # ---- Fine-tuning -----------------------------------------------------------------------------------------------------

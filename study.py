@@ -48,7 +48,7 @@ SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
     "report": ""}  # v10's defaults
-SHORT = "--d-model 64 --n-heads 4 --d-ff 64 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
+SHORT = "--d-model 64 --n-heads 4 --d-ff 128 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
 WORDS = 100_000  # of the small size
 SCHEDULE = "--lr-schedule cosine --warmup-steps {steps_per_epoch}"
 UNMASKED, TRANSPORT = "--attention bidirectional", "--optimizer-on-resize transport"
@@ -141,7 +141,17 @@ BUDGETED = {
     "tenth_plain_uniform": f"{TENTH} --cut-metric plain --rank-signal uniform",
     "tenth_afresh": f"{TENTH} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED
+# Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
+COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
+TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
+COMPRESSIONS = [
+    "spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
+    f"fit {{model}} --loss +5% {TO_CUT}",
+    *(f"cut {{model}} --only linear --rank {{width_over_{part}}} --metric {metric} {TO_CUT}" for part in (16, 8, 4, 2)
+      for metric in ("plain", "fisher")),
+    f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
+    *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -181,7 +191,8 @@ class Study:
         self.failed, self.stopping, self.running = [], threading.Event(), {}
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
-                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED)]
+                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED),
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in COMPRESSED)]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
@@ -200,7 +211,7 @@ class Study:
         return [record for record in records if isinstance(record, dict) and record.get("kind") == kind]
 
     def done(self, run):
-        return bool(self.records(run.stem, "end")) and not self.unprobed(run)
+        return bool(self.records(run.stem, "end")) and not self.unprobed(run) and not self.uncompressed(run)
 
     def needs(self, run):
         """The stems of the runs that must have ended before this one, as its command names them."""
@@ -219,6 +230,10 @@ class Study:
     def unprobed(self, run):
         return run.name in PROBED and all(record["run"] != run.name or record["seed"] != run.seed
                                           for record in self.records("probes", "probe"))
+
+    def uncompressed(self, run):
+        """What compress.py has still to do with a run's model."""
+        return COMPRESSIONS[len(self.records(f"compress/{run.stem}", "compress")):] if run.name in COMPRESSED else []
 
     def command(self, run):
         """The command line of a run, as a user would type it."""
@@ -325,9 +340,19 @@ class Study:
             code = self.execute(run, command + (["--resume"] if log.exists() and log.stat().st_size else []))
             if code:
                 return
+        data = command[command.index("--data-file") + 1]
         if self.unprobed(run):
-            probe(log, v10.find_data(command[command.index("--data-file") + 1]), self.log("probes"), run)
-        for kind in (".pt", ".prev.pt", ".best.pt", ".txt"):
+            probe(log, v10.find_data(data), self.log("probes"), run)
+        names = {name: shlex.quote(str(log.with_suffix(f".{kind}.pt")))
+                 for name, kind in (("model", "best"), ("cut", "cut"), ("tuned", "tuned"))}
+        names |= {f"width_over_{part}": self.defaults.d_model // part for part in (16, 8, 4, 2)}
+        for compression in self.uncompressed(run):
+            text = shlex.join(["--data-file", data, "--seed", str(run.seed)])
+            words = shlex.split(compression.format(**names, text=text))
+            if self.execute(run, [sys.executable, str(v10.HERE / "compress.py"), *words, "--log-file",
+                                  str(self.log(f"compress/{run.stem}"))]):
+                return
+        for kind in (".pt", ".prev.pt", ".best.pt", ".cut.pt", ".tuned.pt", ".txt"):
             log.with_suffix(kind).unlink(missing_ok=True)
 
     def execute(self, run, command):

@@ -72,6 +72,9 @@ class Study:
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
         self.ngrams, self.speed, self.costs = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                                for kind in ("ngrams", "speed", "step_costs"))
+        self.compressed = defaultdict(list)  # {name: the records of each seed}
+        for path in sorted(folder.glob("compress/*.jsonl")):
+            self.compressed[path.stem.rpartition("_s")[0]].append(plot_logs.read_compression(path, path.stem).records)
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes = defaultdict(list)
         for record in records:
@@ -409,6 +412,101 @@ def brought(study):
          plus_minus(study.differences(name, other, last_loss))] for label, name, other in BROUGHT])
 
 
+# ---- Trained models, compressed --------------------------------------------------------------------------------------
+
+COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_v11": "v11, cut to a tenth"}
+CUTS = ("plain, uniform", "inputs, uniform", "inputs, global", "fisher, uniform", "fisher, global")
+
+
+def commands(study, name, **wanted):
+    """[for each seed: those records of a compressed model that hold these values]"""
+    return [[record for record in records if all(record.get(key) == value for key, value in wanted.items())]
+            for records in study.compressed[name]]
+
+
+def compressed(study):
+    """What cuts cost, by metric and by how the budget is shared out."""
+    rows = []
+    for name, label in COMPRESSED.items():
+        for only, what in (("linear", "linear layers"), ("all", "whole model")):
+            seeds = [found for found, in commands(study, name, command="compare", only=only)]
+            for i, row in enumerate(seeds[0]["rows"]):
+                rows.append([f"{label}, {what}", f"{row['keep']:.2%}", *(plus_minus(
+                    [seed["rows"][i]["cuts"][cut]["increase"] for seed in seeds]) for cut in CUTS)])
+    return Table("compressed", "", [f"n = {len(seeds)}, nats above the uncut model", "kept", *CUTS], rows)
+
+
+def fitted(study):
+    """The smallest models within 5% of the perplexity."""
+    rows = []
+    for name, label in COMPRESSED.items():
+        seeds = [found for found, in commands(study, name, command="fit")]
+
+        def values(of, seeds=seeds):
+            return [of(seed) for seed in seeds]
+        rows.append([
+            label, *(Cell(values(lambda s, w=when: s[w]["all"] / 1e6), ".2f") for when in ("before", "after")),
+            *(Cell(values(lambda s, w=what: s["after"][w] / s["before"][w]), ".1%")
+              for what in ("all", "linear", "ends")),
+            plus_minus(values(lambda s: s["loss"] - s["loss_before"])),
+            Cell(values(lambda s: perplexity(s["loss"] - s["loss_before"]) - 1), "+.1%"),
+            plus_minus(values(lambda s: s["plain_increase"]))])
+    return Table("fitted", "", [
+        f"n = {len(seeds)}", "M parameters", "in the smallest", "kept, of all", "of the linear layers",
+        "of embedding and head", "loss", "perplexity", "plain SVD of this size"], rows)
+
+
+def by_rank(study):
+    """One rank for all linear layers of the dense model."""
+    rows = []
+    for cut in (record for record in study.compressed["compressed_dense"][0] if record["command"] == "cut"
+                and record["only"] == "linear" and record["metric"] == "plain"):
+        rank = max(k for k in cut["ranks"].values() if k)
+        seeds = {metric: [next(record for record in records if record["after"] == cut["after"])
+                          for records in commands(study, "compressed_dense", command="cut", metric=metric)]
+                 for metric in ("plain", "fisher")}
+        rows.append([str(rank), Cell(cut["after"]["linear"] / cut["before"]["linear"], ".1%"), *(
+            Cell([perplexity(record["loss"]) for record in found], ",.0f") for found in seeds.values())])
+    before = [records[1]["loss_before"] for records in study.compressed["compressed_dense"]]
+    rows.append(["not cut", "100%", *2 * [Cell([perplexity(loss) for loss in before], ",.0f")]])
+    return Table("by_rank", "", ["rank", "kept", "perplexity, plain SVD", "in the Fisher metric"], rows)
+
+
+def tuned(study):
+    """Fine-tuning after a cut of the whole dense model to a sixteenth."""
+    rows, seeds = [], commands(study, "compressed_dense", command="tune")
+    cut = [records[0]["models"][0] for records in seeds]
+
+    def row(label, models):
+        changes = [model["loss"] - before["loss_before"] for model, before in zip(models, cut, strict=True)]
+        rows.append([label, Cell(models[0]["parameters"] / 1e6, ".2f"), Cell(models[0]["trained"] / 1e6, ".2f"),
+                     plus_minus([model["loss"] for model in models], ".3f"), plus_minus(changes)])
+    for i, record in enumerate(seeds[0]):
+        factors = record["models"][0]["train"] == "factors"
+        row("its factors" if factors else f"LoRA of rank {record['lora_rank']}",
+            [records[i]["models"][0] for records in seeds])
+    row("the model that was not cut", [records[0]["models"][1] for records in seeds])
+    return Table("tuned", "", [f"n = {len(seeds)}, {seeds[0][0]['steps']} steps", "M parameters", "of these trained",
+                               "loss after", f"{DASH} the cut model's before"], rows)
+
+
+def spectra(study):
+    """How many singular values of the dense model's matrices hold how much of the energy."""
+    kinds = {"attention": "qkvo", "feed-forward": ("up", "down"), "embedding": ("token_embedding",), "head": ("head",)}
+    rows = []
+    for kind, names in kinds.items():
+        found = [matrix for (record,) in commands(study, "compressed_dense", command="spectrum")
+                 for name, matrix in record["matrices"].items()
+                 if name.removesuffix(".weight").rpartition(".")[2] in names]
+        sides = [min(matrix["shape"]) for matrix in found]
+        shares = [[rank / side for rank in (*matrix["ranks"][:3], matrix["break_even"])]
+                  for matrix, side in zip(found, sides, strict=True)]
+        rows.append([kind, Cell([matrix["stable_rank"] for matrix in found], ".0f"),
+                     *(Cell(list(share), ".0%") for share in zip(*shares, strict=True))])
+    return Table("spectra", "", ["of all singular values", "stable rank", "hold 90% of the energy", "95%", "99%",
+                                 "break-even"], rows)
+
+
 MEASURED = {"dense_adamw_tied": "dense, AdamW", "dense_muon_tied": "dense, Muon",
             **{f"rank{rank}_{how}": STEPS[f"rank{rank}_{how}"] for rank in (64, 16)
                for how in ("adamw", "muon", "spectron")},
@@ -441,6 +539,8 @@ TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
 TABLES_OF_CUTS = {"budget": budgeted, "brought": brought}
+TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
+                         "spectra": spectra}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
           "untrained", "exact", "tuned_dense_equal_time",
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
@@ -607,6 +707,29 @@ def budget_figure(study):
     return figure
 
 
+def compressed_figure(study):
+    """Perplexity against all parameters, after cuts of trained models."""
+    figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    np = plot_logs.np
+    for name, label, color in (("compressed_dense", "dense", plot_logs.COLORS["dense"]),
+                               ("compressed_v11", "v11", plot_logs.COLORS["cut"])):
+        seeds = [found for found, in commands(study, name, command="compare", only="all")]
+        for cut, style in (("plain, uniform", ":"), ("inputs, uniform", "--"), ("fisher, global", "-")):
+            at = np.array([[row["cuts"][cut]["parameters"] / 1e6 for row in seed["rows"]] for seed in seeds]).mean(0)
+            losses = np.array([[seed["loss_before"] + row["cuts"][cut]["increase"] for row in seed["rows"]]
+                               for seed in seeds])
+            axes.plot(at, losses.mean(0), style, marker="o", markersize=3, color=color, label=f"{label}: {cut}")
+        axes.plot(seeds[0]["before"]["all"] / 1e6, fmean(seed["loss_before"] for seed in seeds), "*", markersize=11,
+                  color=color, label=f"{label}, not cut")
+    axes.set(xscale="log", xlabel="million parameters, all", ylabel="loss on the second half of the held-out text")
+    ticks = [tick for tick in (0.3, 0.5, 1, 2, 3, 5) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    axes.set_title("Trained models, cut: embedding, head and linear layers under one budget")
+    return figure
+
+
 def cuts_figure(study):
     """The losses and ranks of the first seed around the cuts."""
     return plot_logs.cuts_figure(study.groups["v11_tenth"].first)
@@ -615,16 +738,19 @@ def cuts_figure(study):
 FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
 FIGURES_OF_STEPS = {"steps": steps_figure, "telemetry": telemetry_figure}
 FIGURES_OF_CUTS = {"budget": budget_figure, "cuts": cuts_figure}
+FIGURES_OF_COMPRESSION = {"compressed": compressed_figure}
 
 
 def available(study):
     """-> (tables, figures), {name: function} each; those of v11's comparison as far as the study has it."""
-    has_tries = set(study.groups) >= NEEDED_FOR_TRIES
     has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
-    has_cuts = study.costs and set(study.groups) >= NEEDED_FOR_CUTS
-    return (TABLES | ({"tries": tries} if has_tries else {}) | (TABLES_OF_STEPS if has_steps else {})
-            | (TABLES_OF_CUTS if has_cuts else {}),
-            FIGURES | (FIGURES_OF_STEPS if has_steps else {}) | (FIGURES_OF_CUTS if has_cuts else {}))
+    parts = [(True, TABLES, FIGURES), (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
+             (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
+             (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
+             (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION)]
+    has = [part for part in parts if part[0]]
+    return ({name: table for _, tables, _ in has for name, table in tables.items()},
+            {name: figure for *_, figures in has for name, figure in figures.items()})
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -562,8 +562,12 @@ def compare(args):
     """Every metric at several budgets, one rank share for all and one budget for all."""
     job = Job(args)
     columns, rows = [(metric, how) for metric in METRICS for how in ("uniform", "global")], []
-    bar = tqdm(total=len(SHARES) * len(columns), unit="cut", disable=None)
-    for keep in SHARES:
+    least = sum(min(matrix.side, matrix.now) for matrix in job.matrices("plain"))  # rank 1
+    shares = [keep for keep in SHARES if job.budget(keep) >= least]
+    if not shares:
+        raise UserError(f"{args.checkpoint} is too small: rank 1 in all matrices is more than {SHARES[0]:.0%} of them")
+    bar = tqdm(total=len(shares) * len(columns), unit="cut", disable=None)
+    for keep in shares:
         row = {}
         for metric, how in columns:
             ranks, _ = ranks_within(job.matrices(metric), job.budget(keep), how)

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import torch
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import compress  # noqa: E402
 import plot_logs  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
@@ -78,7 +81,8 @@ def mutated_logs(draw, data):
 
 def targets(folder):
     """-> {name: (a strategy of cases, what to do with one)}. A target returns, or raises what its script reports."""
-    text, log, checkpoint = ((folder / name).read_bytes() for name in ("text.tokens", "log.jsonl", "log.pt"))
+    text, log, checkpoint, compression, tensors, pickled = ((folder / name).read_bytes() for name in (
+        "text.tokens", "log.jsonl", "log.pt", "compress.jsonl", "m.safetensors", "m.pt"))
     report = b"\n".join(json.dumps({name: record[name] for name in (
         "epoch", "train_loss", "val_loss", "rank_min", "rank_max", "rank_avg", "ranks", "params_millions", "time_sec")}
         ).encode() for record in map(json.loads, log.splitlines()) if record["kind"] == "epoch")
@@ -93,6 +97,21 @@ def targets(folder):
         for run in runs:
             if run.final_ranks:
                 plot_logs.history(run)
+
+    def read_compression(data):
+        here.write_bytes(data)
+        if log := plot_logs.read_compression(here, "case"):
+            parts = [*plot_logs.contents([log])]
+            plot_logs.page(parts)
+            plot_logs.html_page(parts, {})
+
+    def read_tensors(suffix):
+        def action(data):
+            path = here.with_suffix(suffix)
+            path.write_bytes(data)
+            for _ in compress.read_matrices(path):
+                pass
+        return action
 
     def read_text(data):
         here.write_bytes(data)
@@ -123,7 +142,8 @@ def targets(folder):
 
     content = v10.load(folder / "log.pt")
     fields = st.one_of(
-        st.dictionaries(st.sampled_from(["config", "ranks", "vocabulary", "model", "format"]), json_values, min_size=1),
+        st.dictionaries(st.sampled_from(["config", "ranks", "end_ranks", "vocabulary", "model", "format"]), json_values,
+                        min_size=1),
         st.dictionaries(st.sampled_from(sorted(content["config"])), json_values.filter(lambda value: not isinstance(
             value, (int, float)) or abs(value) < 1000), min_size=1).map(
             lambda change: {"config": content["config"] | change}),
@@ -138,6 +158,9 @@ def targets(folder):
     return {
         "plot_logs: log, bytes": (of_bytes(log) | of_bytes(report), read_log),
         "plot_logs: log, fields": (mutated_logs(log) | mutated_logs(report), read_log),
+        "plot_logs: log of compress.py": (of_bytes(compression) | mutated_logs(compression), read_compression),
+        "compress: .safetensors": (of_bytes(tensors), read_tensors(".safetensors")),
+        "compress: .pt": (of_bytes(pickled), read_tensors(".pt")),
         "v10: ranks of a log": (of_bytes(log) | mutated_logs(log), read_ranks),
         "v10: text": (of_bytes(text), read_text),
         "v10: sidecar": (of_bytes(sidecar) | mutated_logs(sidecar), read_sidecar),
@@ -181,6 +204,16 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 assert v10.main(["--data-file", place + "/text.tokens", "--log-file", place + "/log.jsonl",
                                  *FLAGS, *flags]) == 0
+        ckpt, cut, logged = (f"{place}/{name}" for name in ("log.best.pt", "cut.pt", "compress.jsonl"))
+        for flags in (["cut", ckpt, "--keep", "0.7", "--out", cut], ["compare", ckpt, "--only", "ends"],
+                      ["tune", cut, "--uncut", ckpt, "--steps", "1"]):
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert compress.main([*flags, "--data-file", place + "/text.tokens", "--log-file", logged]) == 0
+        some = {"w": torch.randn(3, 4), "b": torch.zeros(2), "U": torch.randn(3, 2, dtype=torch.bfloat16)}
+        torch.save(some, folder / "m.pt")
+        save_file(some, folder / "m.safetensors")
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert compress.main(["spectrum", place + "/m.pt", "--log-file", logged]) == 0
         for name, (cases, action) in targets(folder).items():
             counts = fuzz(cases, action, args.cases, args.seed)
             print(f"{name:40} {counts.total():6,} cases: {counts['taken']:,} taken, {counts['refused']:,} refused",

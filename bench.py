@@ -118,6 +118,60 @@ def make_step(kind, args):
     return step
 
 
+def make_uses(kind, args):
+    """-> {what is done with a trained model: a function that does it}, for v7 or, if `cut`, for what compress.py makes
+    of it with a quarter of its parameters, the same share in every matrix."""
+    torch.manual_seed(0)
+    C, device = args.d_model, v10.pick_device(args.device)
+    config = v10.GPTConfig(args.words, C, args.n_layers, args.n_heads, 4 * C, args.block_size)
+    quarter = {n * m: max(1, n * m // (4 * (n + m))) for n, m in ((C, C), (C, 4 * C), (C, args.words))}
+    ends = 2 * [quarter[C * args.words] if kind == "cut" else None]
+    model = v10.GPT(config, lambda n, m: low_rank(quarter[n * m])(n, m) if kind == "cut" else v10.DenseLinear(n, m),
+                    ends).to(device).eval()
+    for end in (model.token_embedding, model.head) if kind == "cut" else ():
+        torch.nn.init.normal_(end.U)
+        torch.nn.init.normal_(end.V)
+    model.low_precision = args.dtype == "bfloat16"
+    tokens = torch.arange(4 * args.block_size + 1, device=device) % args.words
+    vocabulary = [str(i) for i in range(args.words)]
+    return {"evaluate": lambda: v10.evaluate(model, tokens, 4),
+            "generate": lambda: v10.generate(model, vocabulary, " ".join(vocabulary[:args.block_size]), 2)}
+
+
+def truncated_svds(m, n, k, generator):
+    """Ways to approximate a matrix (m, n) whose i-th singular value is i^-1/2 by one of rank k <= n <= m -> {way:
+    (seconds, error in the Frobenius norm / the least possible one)}: the exact SVD; from the eigenvectors of the n x n
+    Gram matrix, as compress.py does it; randomised (torch.svd_lowrank); generalised Nystroem (Nakatsukasa, 2020)."""
+    def orthogonal(rows):
+        return torch.linalg.qr(torch.randn(rows, n, generator=generator)).Q
+    values = torch.arange(1, n + 1) ** -0.5
+    W = (orthogonal(m) * values) @ orthogonal(n).T
+    least = values[k:].square().sum().sqrt()
+
+    def exact():
+        P, S, Qt = torch.linalg.svd(W, full_matrices=False)
+        return P[:, :k] * S[:k], Qt[:k]
+
+    def gram():
+        Q = torch.linalg.eigh((W.T @ W).double()).eigenvectors[:, -k:].float()
+        return W @ Q, Q.T
+
+    def randomised():
+        P, S, Q = torch.svd_lowrank(W, q=k + 10, niter=4)
+        return P[:, :k] * S[:k], Q[:, :k].T
+
+    def nystroem():
+        X, Y = (torch.randn(side, width, generator=generator) for side, width in ((n, k), (m, k + k // 2)))
+        AX, YA = W @ X, Y.T @ W
+        return AX @ torch.linalg.pinv(YA @ X), YA
+    found = {}
+    for way in (exact, gram, randomised, nystroem):
+        began = time.perf_counter()
+        U, V = way()
+        found[way.__name__] = time.perf_counter() - began, ((W - U @ V).norm() / least).item()
+    return found
+
+
 def step_flop(args, rank):
     """Floating-point operations in the products of a training step, by part; a backward pass costs two forward ones."""
     tokens, C = args.batch_size * args.block_size, args.d_model
@@ -198,6 +252,7 @@ def measure(args):
         entries[kind] = functools.partial(seconds, make_step(kind, args))
     if args.dtype != "float32":
         entries["float32"] = functools.partial(seconds, make_step(full, with_dtype(args, "float32")))
+    uses = {kind: make_uses(kind, args) for kind in ("v7", "cut")}
     rounds = []
     for number in range(args.rounds + 1):  # the first one warms up
         taken, before = {}, seconds(step)
@@ -211,7 +266,8 @@ def measure(args):
         taken |= {"update": seconds(lambda: factor_rank_update(layers, shrunk, generator), times=10),  # short: often
                   "literal update": seconds(lambda: list(literal_rank_update(layers, shrunk))),
                   "large update": seconds(lambda: factor_rank_update(large, shrunk, generator), times=10),
-                  "v10": before}
+                  "v10": before, **{f"{kind}, {name}": seconds(uses[kind][name], times=3)
+                                    for name in ("evaluate", "generate") for kind in uses}}
         rounds.append(taken)
         print(f"{args.dtype}, round {number} of {args.rounds}: " + ", ".join(
             "{} {seconds:.3f} s, v10 {v10:.3f} s".format(name, **value) if isinstance(value, dict) else
@@ -241,6 +297,8 @@ def measure(args):
             **({"step time of v10 / with --compile": v10_over("compiled")} if args.compile else {}),
             "peak memory of v10 / the literal reading": memory[full] / memory["literal"],
             "peak memory of v10 / v7": memory[full] / memory["v7"],
+            **{f"time to {name} with v7 / with v7 cut to a quarter": middle(
+                [taken[f"v7, {name}"] / taken[f"cut, {name}"] for taken in warm]) for name in ("evaluate", "generate")},
             "time of the literal rank update / v10's": middle(
                 [taken["literal update"] / taken["update"] for taken in warm]),
             f"the same for one layer of {args.large} x {args.large}":
@@ -266,9 +324,13 @@ def section(results):
     names = max(measured.values(), key=len)  # the last dtype may have one row more
     rows = [f"| {name} | " + " | ".join(cell(found.get(name)) for found in measured.values()) + " |" for name in names]
     rounds = len(next(iter(results["dtypes"].values()))["rounds"])
+    ways = [f"| {size} | " + " | ".join(f"{found['exact'][0] / taken:.3g}, {error:.3f}" for taken, error
+                                        in found.values()) + " |" for size, found in results.get("svds", {}).items()]
+    svds = ["", "| speed over the exact SVD's, error over the least | exact | Gram matrix | randomised | Nyström |",
+            "|---|--:|--:|--:|--:|", *ways] if ways else []
     return "\n".join([f"`{results['command']}`, {results['device']}, torch {results['torch']}, medians over {rounds} "
                       "rounds, with their range:", "", f"| ratio | {' | '.join(measured)} |",
-                      f"|---|{'--:|' * len(measured)}", *rows])
+                      f"|---|{'--:|' * len(measured)}", *rows, *svds])
 
 
 def main(argv=None):
@@ -307,7 +369,10 @@ def main(argv=None):
             dtypes = native_dtypes(device) if args.dtype == "auto" else [args.dtype]
             results = {"command": shlex.join(["python3", "bench.py", *argv]), "device": v10.device_name(device),
                        "torch": torch.__version__,
-                       "dtypes": {dtype: measure(with_dtype(args, dtype)) for dtype in dtypes}}
+                       "dtypes": {dtype: measure(with_dtype(args, dtype)) for dtype in dtypes},
+                       "svds": {f"{m:,} x {n:,} at rank {k}": truncated_svds(m, n, k, torch.Generator().manual_seed(0))
+                                for m, n, k in ((args.words, args.d_model, args.rank),
+                                                (args.large, args.large, min(2 * args.rank, args.large - 1)))}}
             Path(log).write_text(json.dumps(results, indent=1) + "\n")
         print(section(results))
         return 0

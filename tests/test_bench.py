@@ -43,6 +43,18 @@ def test_its_table_follows_from_the_seconds_it_wrote(results):
     updates = sorted(taken["literal update"] / taken["update"] for taken in found["rounds"])
     assert list(found["measured"]["time of the literal rank update / v10's"].values()) == pytest.approx(
         [sum(updates) / 2, *updates])
+    uses = sorted(taken["v7, generate"] / taken["cut, generate"] for taken in found["rounds"])
+    assert list(found["measured"]["time to generate with v7 / with v7 cut to a quarter"].values()) == pytest.approx(
+        [sum(uses) / 2, *uses])
+    assert list(results["svds"]) == ["40 x 16 at rank 6", "64 x 64 at rank 12"]
+
+
+def test_the_ways_to_a_truncated_svd_have_the_errors_that_they_say():
+    found = bench.truncated_svds(60, 40, 6, torch.Generator().manual_seed(0))
+    assert found["exact"][1] == pytest.approx(1, abs=1e-4)
+    assert found["gram"][1] == pytest.approx(1, abs=1e-4)
+    assert 1 - 1e-4 < found["randomised"][1] < 1.02
+    assert found["nystroem"][1] > 1.05
 
 
 def test_both_dtypes_are_measured_if_both_are_native(monkeypatch, capsys):

@@ -1,5 +1,5 @@
 """What README.md and RESULTS.md say of the study: each claim is a phrase of a page, and what must hold in the logs."""
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -68,6 +68,54 @@ def worth_of_decay(arm):
     return best_try(arm, ("rate1", "rate0.5", "rate2")) - best_try(arm, ("decay", "decay3", "decay_third"))
 
 
+def by(lower, higher, value=last_loss):
+    """By how much the loss of one arm is below the other's, over paired seeds, with the standard error."""
+    differences = STUDY.differences(higher, lower, value)
+    return f"{fmean(differences):.3f} \N{PLUS-MINUS SIGN} {results.standard_error(differences):.3f}"
+
+
+def step_ratios(arm, of_layers, since):
+    """By how much the steps of W of an arm exceed the dense model's, from the last step of an epoch on: `of_layers` is
+    median or max."""
+    ratios = []
+    for i in range(since, 15):  # the 16th is the end of the cosine, where nothing moves
+        ours, dense = (fmean(STUDY.values(name, lambda run, i=i: of_layers(run.epochs[i]["update_norms"])))
+                       for name in (arm, "dense_adamw_tied"))
+        ratios.append(ours / dense)
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
+def weight_norm(arm, epoch):
+    return f"{fmean(STUDY.values(arm, lambda run: median(run.epochs[epoch]['weight_norms']))):.1f}"
+
+
+def largest_share_of_eta():
+    """The largest step of any product over the bound of that step."""
+    return max(max(epoch["update_norms"]) / (run.settings["eta"] * epoch["lr"] / run.settings["lr"])
+               for rank in (64, 16) for run in STUDY.groups[f"rank{rank}_spectron"].runs for epoch in run.epochs
+               if epoch["lr"])
+
+
+SENTENCES = [  # of RESULTS.md's section on v11, their numbers computed here
+    lambda: f"At rank 64 its loss is {by('rank64_spectron', 'rank64_muon')} nats below that of Muon on the factors, "
+            f"{by('rank64_spectron', 'rank64_selfguided')} below self-guided training, and "
+            f"{by('rank64_spectron', 'rank64_adamw')} below AdamW; at rank 16 {by('rank16_spectron', 'rank16_muon')}, "
+            f"{by('rank16_spectron', 'rank16_selfguided')} and {by('rank16_spectron', 'rank16_adamw')}.",
+    lambda: f"by {by('rank64_spectron', 'dense_adamw')} nats, and loses to the dense model with Muon by "
+            f"{by('dense_muon', 'rank64_spectron')}. Rank 16, with 9%, is {by('dense_adamw', 'rank16_spectron')} above",
+    lambda: f"It is worth {by('dense_muon', 'dense_adamw')} nats to the dense model.",
+    lambda: f"costs the dense model {by('dense_adamw', 'dense_adamw_tied')} nats with AdamW and "
+            f"{by('dense_muon', 'dense_muon_tied')} with Muon. To rank 64 with Spectron it is worth "
+            f"{by('rank64_spectron', 'rank64_spectron_untied')}, to rank 16 "
+            f"{by('rank16_spectron', 'rank16_spectron_untied')};",
+    lambda: f"rank 64 ends {by('rank64_spectron_equal_flop', 'rank64_spectron')} nats lower than without them, and rank "
+            f"16 overfits: its last loss is {by('rank16_spectron', 'rank16_spectron_equal_flop')} higher.",
+    lambda: f"the median layer's step at rank 64 is {step_ratios('rank64_adamw', median, since=1)} times the dense one, "
+            f"and the largest layer's {step_ratios('rank64_adamw', max, since=0)} times.",
+    lambda: f"those of AdamW fall, at rank 64 from {weight_norm('rank64_adamw', 1)} after two epochs to "
+            f"{weight_norm('rank64_adamw', 15)} at the end.",
+    lambda: f"the largest is {largest_share_of_eta():.2f} of the eta of its step",
+]
 CLAIMS = [  # page, phrase, what it rests on
     ("README", "With a twelfth of the dense model's parameters",
      lambda: round(ratio("tuned_dense", "tuned_transport")) == 12),
@@ -181,6 +229,12 @@ CLAIMS = [  # page, phrase, what it rests on
 def test_the_logs_say_what_the_page_says(page, phrase, holds):
     assert phrase in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())
     assert holds()
+
+
+@pytest.mark.skipif("steps" not in results.available(STUDY)[0], reason="its runs are not complete yet")
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_the_numbers_of_a_sentence_are_those_of_the_logs(sentence):
+    assert sentence() in " ".join((ROOT / "RESULTS.md").read_text(encoding="utf-8").split())
 
 
 def test_the_titles_of_the_figures_hold():

@@ -108,10 +108,10 @@ SENTENCES = [  # of RESULTS.md's section on v11, their numbers computed here
             f"{by('dense_muon', 'dense_muon_tied')} with Muon. To rank 64 with Spectron it is worth "
             f"{by('rank64_spectron', 'rank64_spectron_untied')}, to rank 16 "
             f"{by('rank16_spectron', 'rank16_spectron_untied')};",
-    lambda: f"rank 64 ends {by('rank64_spectron_equal_flop', 'rank64_spectron')} nats lower than without them, and rank "
-            f"16 overfits: its last loss is {by('rank16_spectron', 'rank16_spectron_equal_flop')} higher.",
-    lambda: f"the median layer's step at rank 64 is {step_ratios('rank64_adamw', median, since=1)} times the dense one, "
-            f"and the largest layer's {step_ratios('rank64_adamw', max, since=0)} times.",
+    lambda: f"rank 64 ends {by('rank64_spectron_equal_flop', 'rank64_spectron')} nats lower than without them, and "
+            f"rank 16 overfits: its last loss is {by('rank16_spectron', 'rank16_spectron_equal_flop')} higher.",
+    lambda: f"the median layer's step at rank 64 is {step_ratios('rank64_adamw', median, since=1)} times the dense "
+            f"one, and the largest layer's {step_ratios('rank64_adamw', max, since=0)} times.",
     lambda: f"those of AdamW fall, at rank 64 from {weight_norm('rank64_adamw', 1)} after two epochs to "
             f"{weight_norm('rank64_adamw', 15)} at the end.",
     lambda: f"the largest is {largest_share_of_eta():.2f} of the eta of its step",

@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 
 import bench
+import compress
 import plot_logs
 import results
 import soak
@@ -92,7 +93,11 @@ def test_every_flag_exists(capsys):
         with pytest.raises(SystemExit):
             script.main(["--help"])
         known += capsys.readouterr().out
-    elsewhere = {"--nproc-per-node", "--factor-lr", "--write"}  # torchrun's, the variant's, golden.py's
+    for command in ("fit", "cut", "tune", "compare", "spectrum"):
+        with pytest.raises(SystemExit):
+            compress.main([command, "--help"])
+        known += capsys.readouterr().out
+    elsewhere = {"--nproc-per-node", "--write"}  # torchrun's, golden.py's
     for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+|--x", PAGES)) - elsewhere:
         assert flag in known, flag
 
@@ -114,7 +119,7 @@ VARIANT, USE = re.findall(r"```python\n(.*?)```", README, re.S)
 def test_its_variant_trains_the_factors_with_momentum(run):
     names = {"__name__": "momentum"}
     exec(VARIANT, names)
-    log = run("--factor-lr", 0.1, "--optimizer-on-resize", "transport",
+    log = run("--optimizer-on-resize", "transport",
               main=lambda argv: v10.main(argv, names["Momentum"]()))
     assert records(log, "run")[0]["script"] == "momentum.py"
     assert records(log, "epoch")[-1]["lr"] == 0.1

@@ -414,7 +414,8 @@ def brought(study):
 
 # ---- Trained models, compressed --------------------------------------------------------------------------------------
 
-COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_v11": "v11, cut to a tenth"}
+COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
+              "compressed_v11": "v11, cut to a tenth"}
 CUTS = ("plain, uniform", "inputs, uniform", "inputs, global", "fisher, uniform", "fisher, global")
 
 
@@ -711,7 +712,8 @@ def compressed_figure(study):
     """Perplexity against all parameters, after cuts of trained models."""
     figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     np = plot_logs.np
-    for name, label, color in (("compressed_dense", "dense", plot_logs.COLORS["dense"]),
+    for name, label, color in (("compressed_dense", "dense, AdamW", plot_logs.COLORS["dense"]),
+                               ("compressed_muon", "dense, Muon", plot_logs.COLORS["controlled"]),
                                ("compressed_v11", "v11", plot_logs.COLORS["cut"])):
         seeds = [found for found, in commands(study, name, command="compare", only="all")]
         for cut, style in (("plain, uniform", ":"), ("inputs, uniform", "--"), ("fisher, global", "-")):

@@ -142,7 +142,8 @@ BUDGETED = {
     "tenth_afresh": f"{TENTH} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
-COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
+COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
+              "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
 TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
 COMPRESSIONS = [
     "spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",

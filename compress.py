@@ -14,12 +14,12 @@ under one budget. What a cut loses is measured in one of three metrics, and each
     fisher    |G^1/2 (W - W') C^1/2|       the loss, to second order: G = E[g g^T] of the gradients g at the outputs
 
 fisher is v11's cut, with the same code, on whole matrices instead of factors. The embedding's inputs are the words, by
-frequency. The head's inputs are centred, the mean error goes into its bias, its outputs weigh p (1 - p), and what all
-rows share is taken out first, since adding one number to all logits changes nothing. A tied matrix has both uses: its
-metric is the nearest a (x) B to their sum, a over words and B over channels.
+frequency. The head's inputs are centred, and the mean error goes into its bias; its G is diagonal, p (1 - p) for each
+word; the mean row is subtracted first, since adding one number to all logits changes nothing. A tied matrix serves as
+embedding and as head: its metric is the product a (x) B, over words and channels, that is nearest to the sum of both.
 
 The metrics say which directions go, not what the model loses with all cuts together: that is measured, on text that was
-neither trained on nor calibrated with, and printed beside the sum that the metric predicts. C and G come from training
+neither trained on nor calibrated with, and printed beside what the Fisher metric predicts. C and G come from training
 text, 16,384 tokens by default.
 
 Shapes: W (m, n), U (m, R), V (R, n), tokens (B, T).
@@ -524,7 +524,7 @@ def cut(args):
 
 
 def fit(args):
-    """The smallest model within a loss: decided on one half of the held-out text, reported on the other."""
+    """The smallest model within a loss, by bisection on one half of the held-out text; reported on the other."""
     job = Job(args)
     found, start = job.matrices(args.metric), block_losses(job.model, job.text.decide)
     allowed = args.loss(mean_loss(start))
@@ -559,7 +559,7 @@ SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 
 
 def compare(args):
-    """Every metric at several budgets, one rank share for all and one budget for all."""
+    """Every metric at five budgets, each with one share for every matrix and with one budget over all."""
     job = Job(args)
     columns, rows = [(metric, how) for metric in METRICS for how in ("uniform", "global")], []
     least = sum(min(matrix.side, matrix.now) for matrix in job.matrices("plain"))  # rank 1
@@ -656,7 +656,7 @@ def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespac
 
 
 def tune(args):
-    """Fine-tune a cut model, and beside it the one that it was cut from, with the same steps."""
+    """Fine-tune a cut model, and beside it all of the one that it was cut from, for as many steps."""
     content = v10.load(Path(args.checkpoint))
     uncut = Path(args.uncut or Path(args.checkpoint).parent / content.get("cut_from", ""))
     if not uncut.is_file():
@@ -822,7 +822,8 @@ def build_parser():
             one("--keep", type=number(float, above=0, below=1), help="the share kept of what --only names")
             one("--params", type=parameters, help="the whole model's parameters, such as 5M")
             one("--rank", type=v10.COUNT, help="one rank for all; a matrix that it would not make smaller stays")
-            one("--energy", type=number(float, above=0, below=1), help="the share of the sum of s_i^2 to keep in each")
+            one("--energy", type=number(float, above=0, below=1), help="the share of its sum of s_i^2 that each "
+                "matrix keeps, in the metric")
         if name == "tune":
             flag("--train", choices=("factors", "lora", "all"), default="factors", help="what is trained; lora: "
                  "additions of low rank to the linear layers, merged into them at the end")
@@ -846,13 +847,14 @@ def build_parser():
             flag("--out", type=v10.PATH, help="the new model; by default NAME.cut.pt or NAME.tuned.pt beside the "
                  "checkpoint")
             flag("--overwrite", action="store_true", help="replace an existing --out")
-        flag("--data-file", type=v10.PATH, help="the checkpoint's text, if it is elsewhere than where the run had it")
-        flag("--val-fraction", type=number(float, above=0, below=1), help="how the run read it; by default as noted")
-        flag("--min-count", type=v10.COUNT, help="how the run read it; by default as noted")
+        flag("--data-file", type=v10.PATH, help="the training text, if it is not where the checkpoint says")
+        flag("--val-fraction", type=number(float, above=0, below=1),
+             help="as in the training run; by default the checkpoint's")
+        flag("--min-count", type=v10.COUNT, help="as in the training run; by default the checkpoint's")
         if name != "tune":
             flag("--calibration", type=v10.PATH, help="another text to measure the metric on")
             flag("--tokens", type=v10.COUNT, default=16_384, help="calibration tokens")
-        flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of calibration windows and labels")
+        flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of batches and labels")
         flag("--log-file", type=v10.PATH, default="logs/compress.jsonl", help="a record per command is added to it")
     sub = command("spectrum", spectrum)
     sub.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint, any .pt of tensors, .safetensors or its "

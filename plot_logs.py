@@ -1,4 +1,4 @@
-"""Tables and figures from the logs of v10 and v7, and from logs in the report's own format.
+"""Tables and figures from the logs of v7, v10, v11 and compress.py, and from logs in the report's own format.
 
     python3 plot_logs.py logs/v10.jsonl
     python3 plot_logs.py logs/v10_s0.jsonl logs/v10_s1.jsonl logs/v7.jsonl --out figures
@@ -1205,7 +1205,8 @@ def home(name: str) -> Path:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="plot_logs.py", description="Makes tables and figures from training logs.",
                                      allow_abbrev=False)
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log of v10, v7 or the report's own script")
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=Path,
+                        help="log of v7, v10, v11, compress.py or the report's own script")
     parser.add_argument("--out", metavar="DIR", type=home,
                         help="folder of the page, tables and figures; default: figures/ beside the first log")
     parser.add_argument("--init-rank", type=int, default=64, help="initial rank of logs that do not say (default: 64)")

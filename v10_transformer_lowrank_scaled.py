@@ -970,15 +970,16 @@ def parameter_groups(optimizers):
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def save_checkpoints(run, best=False):
-    """Write the last checkpoint, and that of the best model if this is it."""
-    model = run.model
-    content = model_content(model, run.corpus.vocabulary) | {
+def checkpoint_content(run):
+    """The model and what it was trained on."""
+    return model_content(run.model, run.corpus.vocabulary) | {
         "text": {name: run.settings[name] for name in ("data_file", "data_sha256", "val_fraction", "min_count")}}
+
+
+def save_last(run):
+    """Write the checkpoint that --resume goes on from."""
     dropout_states = gather(dropout_rng(run.device).get_rng_state())
-    if best:
-        once(save, run.files.best, content)
-    once(save, run.files.last, content | {
+    once(save, run.files.last, checkpoint_content(run) | {
         "state": asdict(run.state), "settings": run.settings, "log_bytes": run.files.log.stat().st_size,
         "optimizer": [optimizer.state_dict() for optimizer in run.optimizers], "dropout_states": dropout_states,
         "generators": {name: generator.get_state() for name, generator in run.generators.items()}},
@@ -1024,7 +1025,7 @@ def begin(run):
     if run.sees_targets:
         say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
     if not run.checkpoint:  # from here on --resume always has one, and a full disk is noticed before the work
-        save_checkpoints(run)
+        save_last(run)
 
 
 def train(run):
@@ -1062,6 +1063,8 @@ def train(run):
                 val_loss = evaluate(model, val_tokens, args.batch_size)
                 check_finite(val_loss, step, args, run.files.last)
                 eval_sec = watch.lap()
+                if val_loss < min((epoch["val_loss"] for epoch in state.epochs), default=math.inf):
+                    once(save, run.files.best, checkpoint_content(run))  # as it was evaluated, before ranks change
                 measured = telemetry(model, before, x, run.settings["grad_accum"]) if args.telemetry else {}
                 watch.lap()
 
@@ -1085,7 +1088,7 @@ def train(run):
                 write_record(run.files.log, "epoch", **record)
                 state.epochs.append(record)
 
-            # at the end of an epoch, every --checkpoint-minutes, and if a signal asks to stop: write the checkpoints
+            # at the end of an epoch, every --checkpoint-minutes, and if a signal asks to stop: write the checkpoint
             late = time.monotonic() - saved > 60 * args.checkpoint_minutes
             signal_number, late = max(gather((signals[0] if signals else 0, late)))
             if ends or late or signal_number:
@@ -1093,7 +1096,7 @@ def train(run):
                     state.part, loss_sum = EpochState(), torch.zeros_like(loss_sum)
                 state.step, state.seconds = step, time.perf_counter() - began
                 state.part.loss_sum = gather(loss_sum.item())
-                save_checkpoints(run, best=ends and best_epoch(state.epochs) is record)
+                save_last(run)
                 if ends:
                     say(epoch_line(run, record))
                 if signal_number and step < run.total_steps:
@@ -1923,7 +1926,7 @@ def add_training_flags(parser):
          "default as many as keep a part within 2,048 tokens on a CPU, else 1")
     flag("--lr", type=POSITIVE, default=3e-4, help="learning rate")
     flag("--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine falls to 0 at the end")
-    flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up")
+    flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up; None: 5%%")
     flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
     flag("--grad-clip", type=number(float, least=0), default=0.0, help="largest norm of the gradient; 0: no clipping")
     flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of weights, batches, dropout, estimates")

@@ -5,7 +5,7 @@ embeddings and head and see the same batches, bit for bit. The log's `ranks` are
 the dense matrices, and its factor parameters are theirs. With `--optimizer muon` it is v11's control.
 
     python3 v7_transformer_dense_baseline.py                 the report's configuration, causal
-    python3 v7_transformer_dense_baseline.py --help          v10's flags but those that control ranks
+    python3 v7_transformer_dense_baseline.py --help          v10's flags without those for ranks, and --optimizer's
 """
 import sys
 from pathlib import Path

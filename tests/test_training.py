@@ -454,10 +454,11 @@ def test_a_test_file_is_evaluated_with_the_training_vocabulary_on_the_best_and_t
         assert v10.evaluate(model, tokens, 3) == pytest.approx(end[name], rel=1e-6)
 
 
-def test_the_best_checkpoint_is_the_model_of_the_lowest_validation_loss(run, text):
-    log = run("--fixed-rank", "--epochs", 12, "--lr", 0.05)
-    end = records(log, "end")[0]
+def test_the_best_checkpoint_is_the_model_of_the_lowest_validation_loss_before_its_ranks_change(run, text):
+    log = run("--epochs", 12, "--lr", 0.05, "--change-threshold", 0.5, "--max-step", 1)
+    end, epochs = records(log, "end")[0], records(log, "epoch")
     assert end["best_epoch"] < 12, "the best checkpoint is the last one: the test would not tell them apart"
+    assert epochs[end["best_epoch"] - 1]["resized"]
     model, vocabulary = v10.load_model(log.with_suffix(".best.pt"))
     held_out = v10.encode(text.read_text().split()[2745:], vocabulary)
     assert v10.evaluate(model, held_out, 4) == pytest.approx(end["best_val_loss"], rel=1e-6)

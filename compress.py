@@ -27,7 +27,6 @@ Shapes: W (m, n), U (m, R), V (R, n), tokens (B, T).
 import argparse
 import json
 import math
-import struct
 import sys
 from dataclasses import dataclass
 from functools import reduce
@@ -66,8 +65,8 @@ class Measured(NamedTuple):
 def measure(model: v10.GPT, tokens: Tensor, seed: int) -> Measured:
     """Run a model over calibration tokens (N,), forward and backward, with labels drawn from its own predictions."""
     config, T = model.config, model.config.block_size
-    n = max(1, len(tokens) // T) * T
-    batches = list(tokens[:n].view(-1, min(T, n)).split(max(1, 2048 // T)))
+    n = len(tokens) // T * T
+    batches = list(tokens[:n].view(-1, T).split(max(1, 2048 // T)))
     C, words = config.d_model, config.vocab_size
     count, p = (torch.zeros(words, dtype=torch.float64) for _ in range(2))
     G, second, mean = (torch.zeros(*shape, dtype=torch.float64) for shape in ((C, C), (C, C), (C,)))
@@ -128,7 +127,8 @@ class Matrix:
         (m, r), n = self.U.shape, self.V.shape[1]
         self.side, self.dense = m + n, m * n
         self.now = m * n if self.whole else r * self.side  # parameters
-        self.limit = (self.dense - 1) // self.side if self.whole else r - 1  # the highest rank that makes it smaller
+        # the highest rank that makes it smaller
+        self.limit = (self.dense - 1) // self.side if self.whole else min(r - 1, m, n)
         directions = (v11.plain_directions(self.U, self.V) if self.fisher is None else
                       v11.fisher_directions(self.U, self.fisher, self.damping))
         s, self.A, self.B = directions
@@ -301,10 +301,10 @@ def ranks_within(found: list[Matrix], budget: float, how: str) -> tuple[list[int
 
 def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[int | None], dense: bool = False,
               seed: int = 0) -> dict:
-    """A checkpoint's content with these matrices at these ranks; with `dense` multiplied out again."""
+    """A checkpoint's content with these matrices at these ranks; with `dense` they are multiplied out again."""
     generator, state = torch.Generator().manual_seed(seed), dict(model.state_dict())
     layers, ends, dtype = model.linears(), model.end_ranks(), model.norm.weight.dtype
-    layer_ranks = dict(zip(layers, [layer.rank for layer in layers.values()], strict=True))
+    layer_ranks = {name: layer.rank for name, layer in layers.items()}
 
     def put(path, parts):
         for name in ("weight", "U", "V"):
@@ -312,50 +312,48 @@ def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[in
         state.update({f"{path}.{name}": value.to(dtype).contiguous() for name, value in parts.items()})
 
     for matrix, k in zip(found, ranks, strict=True):
-        if k is None:
+        if k is None and (matrix.whole or not dense):
             continue
-        U, V = matrix.factors(k, generator)
+        U, V = matrix.factors(k, generator) if k else (matrix.U, matrix.V)
+        rank = None if dense else k
         parts = {"weight": U @ V} if dense else {"U": U, "V": V}
+        words = {"weight": (U @ V).mT} if dense else {"U": V.mT, "V": U.mT}  # of an embedding
         if matrix.kind == "linear":
             for path, module in model.named_modules(remove_duplicate=False):  # a shared layer has several
                 if module is layers[matrix.name]:
                     put(path, parts)
-            layer_ranks[matrix.name] = None if dense else k
-            continue
-        rank = None if dense else k
-        if matrix.kind != "head":
-            put("token_embedding", {"weight": (U @ V).mT} if dense else {"U": V.mT, "V": U.mT})
+            layer_ranks[matrix.name] = rank
+        if matrix.kind in ("embedding", "tied"):
+            put("token_embedding", words)
             ends[0] = rank
-        if matrix.kind == "tied":
-            put("head", {"weight": (U @ V).mT} if dense else {"U": V.mT, "V": U.mT})
+        if matrix.kind in ("head", "tied"):
+            put("head", words if matrix.kind == "tied" else parts)
             ends[1] = rank
-        if matrix.kind == "head":
-            put("head", parts)
-            ends[1] = rank
-        if matrix.shift is not None and matrix.kind != "embedding":
-            before, after = ((U, V) if matrix.kind == "head" else (V.mT, U.mT) for U, V in (
-                (matrix.U, matrix.V), (U, V)))
-            error = before[0] @ (before[1] @ matrix.shift) - after[0] @ (after[1] @ matrix.shift)
-            state["head.bias"] = (state["head.bias"].double() + error).to(dtype)
-    return content | {"ranks": list(layer_ranks.values()), "end_ranks": ends, "model": state}
+            if matrix.shift is not None:  # the mean error of the outputs goes into the bias
+                change = matrix.U @ matrix.V - U @ V
+                error = (change.mT if matrix.kind == "tied" else change) @ matrix.shift
+                state["head.bias"] = (state["head.bias"].double() + error).to(dtype)
+    kept = {name: content[name] for name in ("format", "config", "vocabulary", "text") if name in content}
+    return kept | {"ranks": list(layer_ranks.values()), "end_ranks": ends, "model": state}
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 def block_losses(model: v10.GPT, tokens: Tensor) -> list[tuple[float, int]]:
-    """The loss of each block of tokens (N,), as v10.evaluate cuts them -> [(mean loss, tokens)]."""
+    """The loss of each block of tokens (N,), as v10.evaluate cuts them -> [(mean loss, tokens)]. Raises TrainingError
+    if it is not finite."""
     T, words = model.config.block_size, model.config.vocab_size
-    full = (len(tokens) - 1) // T * T
-    x, y = tokens[:full].view(-1, T), tokens[1:full + 1].view(-1, T)
-    batches = [*zip(x.split(max(1, v10.LOGITS_BYTES // (8 * T * words))),
-                    y.split(max(1, v10.LOGITS_BYTES // (8 * T * words))), strict=True)]
-    if full < len(tokens) - 1:
-        batches.append((tokens[None, full:-1], tokens[None, full + 1:]))
+    full, n = (len(tokens) - 1) // T * T, max(1, v10.LOGITS_BYTES // (8 * T * words))
+    batches = [*zip(tokens[:full].view(-1, T).split(n), tokens[1:full + 1].view(-1, T).split(n), strict=True),
+               (tokens[None, full:-1], tokens[None, full + 1:])]
     found = []
     with v10.evaluation_mode(model):
         for inputs, targets in batches:
-            losses = F.cross_entropy(model(inputs).mT, targets, reduction="none")  # (B, T)
-            found += [(loss, targets.shape[1]) for loss in losses.mean(1).tolist()]
+            if targets.numel():
+                losses = F.cross_entropy(model(inputs).mT, targets, reduction="none")  # (B, T)
+                found += [(loss, targets.shape[1]) for loss in losses.mean(1).tolist()]
+    if not math.isfinite(mean_loss(found)):
+        raise v10.TrainingError("the loss is not finite")
     return found
 
 
@@ -364,80 +362,106 @@ def mean_loss(blocks):
 
 
 def paired_error(blocks, others):
-    """The standard error of the difference of two models' losses, over the blocks of one text; None for one block."""
-    differences = [a - b for (a, _), (b, _) in zip(blocks, others, strict=True)]
+    """The standard error of the difference of two models' losses, over the whole blocks of one text; None if there are
+    not two."""
+    differences = [a - b for (a, n), (b, _) in zip(blocks, others, strict=True) if n == blocks[0][1]]
     return stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
 
 
-# ---- Cutting, measuring, telling -------------------------------------------------------------------------------------
+# ---- A model and its text --------------------------------------------------------------------------------------------
 
 class Text(NamedTuple):
-    """A model's text: what metrics are measured on, and the two halves of what it has not been trained on."""
+    """The text of a model, and the two halves of what it has not been trained on."""
 
-    name: str
+    path: Path
     train: Tensor  # (N,)
-    calibration: Tensor  # (N,)
-    source: str  # of the calibration tokens, in words
     decide: Tensor  # what `fit` decides on
     report: Tensor  # what everything is reported on
 
 
-def read_text(args: argparse.Namespace, content: dict) -> Text:
-    """The checkpoint's text, found again. Raises UserError if it is not there, or another one."""
-    T, noted, vocabulary = content["config"]["block_size"], content.get("text", {}), content["vocabulary"]
+def load(path: str) -> tuple[dict, v10.GPT]:
+    """A checkpoint -> (its content, its model). Raises UserError if it holds guides, or a number that is not finite."""
+    content = v10.load(Path(path))
+    if isinstance(content.get("model"), dict) and any("guide" in str(name) for name in content["model"]):
+        raise UserError(f"{path} still has the guides of self-guided training: take a checkpoint of its second half")
+    model = v10.build_model(content).eval()
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{path}: {name} holds a number that is not finite")
+    if model.config.attention == "bidirectional":
+        v10.say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
+    return content, model
+
+
+def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) -> Text:
+    """The text that a model was trained on, found again. Raises UserError if it is not there, or another one."""
+    noted, T = content.get("text", {}), config.block_size
     name = args.data_file or noted.get("data_file")
     if not name:
         raise UserError(f"{args.checkpoint} does not say which text it was trained on: --data-file TEXT names it, "
                         "--val-fraction and --min-count how it was read")
-    given = {key: getattr(args, key) or noted.get(key) or default for key, default in (("val_fraction", 0.01),
-                                                                                       ("min_count", 1))}
-    path = v10.find_data(name)
-    corpus = v10.load_corpus(path, given["val_fraction"], T, content["config"]["tokenize"], given["min_count"])
-    if corpus.vocabulary != vocabulary:
+    path = next((path for path in (Path(name), v10.HERE / "data" / name) if path.exists()), None)
+    if path is None:
+        raise UserError(f"there is no {name}, the text that {args.checkpoint} was trained on: --data-file names it")
+    how = {}
+    for key, default in (("val_fraction", 0.01), ("min_count", 1)):
+        given = getattr(args, key)
+        if given is not None and given != noted.get(key, given):
+            raise UserError(f"--{key.replace('_', '-')} was {noted[key]} in the run of {args.checkpoint}, not {given}")
+        how[key] = given or noted.get(key, default)
+    corpus = v10.load_corpus(path, how["val_fraction"], T, config.tokenize, how["min_count"])
+    if corpus.vocabulary != content["vocabulary"]:
         raise UserError(f"{path} has another vocabulary than {args.checkpoint}: {len(corpus.vocabulary):,} words, not "
-                        f"{len(vocabulary):,}; --data-file, --val-fraction and --min-count have to be those of its run")
+                        f"{len(content['vocabulary']):,}; --data-file, --val-fraction and --min-count have to be those "
+                        "of its run")
+    if corpus.sha256 != noted.get("data_sha256", corpus.sha256):
+        raise UserError(f"{path} is not the text that {args.checkpoint} was trained on: its checksum differs")
     half = len(corpus.val) // 2 // T * T or len(corpus.val) // 2
-    if args.command == "tune":
-        calibration, source = corpus.train[:T], ""
-    elif args.calibration:
-        calibration = v10.encode(v10.read_words(Path(args.calibration), content["config"]["tokenize"])[0], vocabulary)
-        source = Path(args.calibration).name
-        if torch.equal(calibration, corpus.val) or Path(args.calibration).resolve() == path.resolve():
-            v10.say(f"*** {source} holds the text that is reported on: the losses below are too good")
-    else:
-        windows, _ = v10.sample_batch(corpus.train, max(1, args.tokens // T), T, v11.seeded(args.seed, 0))
-        calibration, source = windows.flatten(), f"training tokens of {path.name}"
-    calibration = calibration[:getattr(args, "tokens", T) // T * T or T]
-    if len(calibration) < T:
-        raise UserError(f"{source} gives {len(calibration):,} calibration tokens, and a block needs {T:,}")
-    return Text(path.name, corpus.train, calibration, source, corpus.val[:half + 1], corpus.val[half:])
+    return Text(path, corpus.train, corpus.val[:half + 1], corpus.val[half:])
+
+
+def read_tokens(path: str, config: v10.GPTConfig, vocabulary: list[str]) -> Tensor:
+    """Another text, in the words of a model."""
+    return v10.encode(v10.read_words(Path(path), config.tokenize)[0], vocabulary)
+
+
+def read_calibration(args, text, config, vocabulary):
+    """-> (tokens (N,), in whole blocks; where they are from). Raises UserError if they are fewer than a block."""
+    T = config.block_size
+    if not args.calibration:
+        windows, _ = v10.sample_batch(text.train, max(1, args.tokens // T), T, v11.seeded(args.seed, 0))
+        return windows.flatten(), f"training tokens of {text.path.name}"
+    tokens, name = read_tokens(args.calibration, config, vocabulary)[:max(args.tokens, T)], Path(args.calibration).name
+    if len(tokens) < T:
+        raise UserError(f"{args.calibration} gives {len(tokens):,} calibration tokens, and a block needs {T:,}")
+    n = min(T, 32)
+    seen = {tuple(window) for window in tokens.unfold(0, n, 1).tolist()}
+    if len(text.report) > n and any(tuple(window) in seen for window in text.report.unfold(0, n, n).tolist()):
+        v10.say(f"*** {name} holds some of the text that is reported on: the losses below are too good")
+    return tokens[:len(tokens) // T * T], f"tokens of {name}"
 
 
 class Job:
-    """A checkpoint that is being made smaller."""
+    """A model that is being made smaller."""
 
     def __init__(self, args):
-        self.args, self.content = args, v10.load(Path(args.checkpoint))
-        self.model = v10.build_model(self.content).eval()
-        self.text = read_text(args, self.content)
-        if self.content["config"]["attention"] == "bidirectional":
-            v10.say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
+        self.args = args
+        self.content, self.model = load(args.checkpoint)
+        config, vocabulary = self.model.config, self.content["vocabulary"]
+        self.text = read_text(args, self.content, config)
+        self.calibration, self.source = read_calibration(args, self.text, config, vocabulary)
         self.before = block_losses(self.model, self.text.report)
         self.measured, self.found = None, {}
-        if not math.isfinite(mean_loss(self.before)):
-            raise UserError(f"{args.checkpoint} has a loss that is not finite")
 
     def matrices(self, metric: str) -> list[Matrix]:
-        """Those that --only names, in a metric."""
+        """Those that --only names, in a metric. Raises UserError if none can become smaller."""
         if metric not in self.found:
             if metric != "plain" and self.measured is None:
-                self.measured = measure(self.model, self.text.calibration, self.args.seed)
+                self.measured = measure(self.model, self.calibration, self.args.seed)
             self.found[metric] = matrices(self.model, metric, self.measured, self.args.only)
+            if all(matrix.limit < 1 for matrix in self.found[metric]):
+                raise UserError(NOTHING)
         return self.found[metric]
-
-    def budget(self, keep: float) -> float:
-        """The parameters that this share of what --only names is."""
-        return keep * sum(matrix.now for matrix in self.matrices("plain"))
 
     def cut(self, metric, ranks, dense=False):
         """-> (the cut checkpoint's content, its model)."""
@@ -448,20 +472,34 @@ class Job:
         return block_losses(self.cut(metric, ranks)[1], tokens)
 
 
+NOTHING = "nothing becomes smaller: every matrix would need more parameters as factors"
+
+
+def total(found: list[Matrix]) -> int:
+    """The parameters of matrices as they are."""
+    return sum(matrix.now for matrix in found)
+
+
 def sizes(model: v10.GPT) -> dict:
     """Parameters: in all, in the linear layers, in embedding and head with its bias."""
     ends = v10.count_parameters(torch.nn.ModuleList([model.token_embedding, model.head]))
     return {"all": v10.count_parameters(model), "linear": v10.count_parameters(*model.linears().values()), "ends": ends}
 
 
-def report(job: Job, ranks: list[int | None], gap: float, command: str) -> dict:
-    """Cut, save, print what became smaller and what it costs, write the record -> the record."""
+def of_perplexity(increase):
+    """By how much the perplexity grows with the loss, as a share."""
+    return math.expm1(min(increase, 700))
+
+
+def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
+    """Cut, measure, save, print what became smaller and what it costs, and write the record."""
     args, found = job.args, job.matrices(job.args.metric)
+    if all(k is None for k in ranks):
+        raise UserError(NOTHING)
     content, model = job.cut(args.metric, ranks, args.dense)
     after, before, size, new = block_losses(model, job.text.report), job.before, sizes(job.model), sizes(model)
-    increase, error = mean_loss(after) - mean_loss(before), paired_error(after, before)
-    if not math.isfinite(increase):
-        raise v10.TrainingError("the cut model's loss is not finite")
+    increase, error, tokens = mean_loss(after) - mean_loss(before), paired_error(after, before), sum(
+        n for _, n in before)
     plain = None
     if args.metric != "plain":
         plain_ranks, _ = ranks_within(job.matrices("plain"), kept(found, ranks), "uniform")
@@ -469,6 +507,8 @@ def report(job: Job, ranks: list[int | None], gap: float, command: str) -> dict:
     predicted = sum(matrix.tails[k] for matrix, k in zip(found, ranks, strict=True) if k) / 2
     stayed = [matrix.name for matrix, k in zip(found, ranks, strict=True) if k is None]
     v10.save(Path(args.out), content | {"cut_from": Path(args.checkpoint).name})
+    if args.export:
+        export(model, Path(args.export))
     rows = [("", "before", "after", "")]
     for name, label in (("all", "parameters"), ("linear", "  in linear layers"), ("ends", "  in embedding and head")):
         rows.append((label, f"{size[name]:,}", f"{new[name]:,}", f"{new[name] / size[name]:.1%} kept"))
@@ -476,83 +516,90 @@ def report(job: Job, ranks: list[int | None], gap: float, command: str) -> dict:
              ("loss", f"{mean_loss(before):.4f}", f"{mean_loss(after):.4f}", f"{increase:+.4f}" + (
                  f" \N{PLUS-MINUS SIGN} {error:.4f}" if error is not None else "")),
              ("perplexity", f"{v10.perplexity(mean_loss(before)):,.1f}", f"{v10.perplexity(mean_loss(after)):,.1f}",
-              f"{math.expm1(increase):+.1%}")]
+              f"{of_perplexity(increase):+.1%}")]
     if plain is not None:
         rows.append(("plain SVD of this size, uniform", "", f"{mean_loss(before) + plain:.4f}", f"{plain:+.4f}"))
     if args.metric == "fisher":
         rows.append(("predicted by the metric", "", "", f"{predicted:+.4f}"))
     v10.say("\n".join(f"{label:32}{a:>16}{b:>16}  {note}".rstrip() for label, a, b, note in rows))
-    calibrated = f"; calibrated with {len(job.text.calibration):,} {job.text.source}" if job.measured else ""
-    tokens = sum(n for _, n in before)
-    v10.say(f"measured on {tokens:,} held-out tokens of {job.text.name}, the second half{calibrated}")
+    calibrated = f"; calibrated with {len(job.calibration):,} {job.source}" if job.measured else ""
+    v10.say(f"measured on {tokens:,} held-out tokens of {job.text.path.name}, the second half{calibrated}")
+    if args.dense:
+        v10.say(f"multiplied out again; as factors, what was cut would have {kept(found, ranks):,} parameters")
     if stayed:
         v10.say(f"not cut: {', '.join(stayed)}")
     if gap > 0:
         v10.say(f"the allocation may be {gap / 2:.2g} above the best one, of {predicted:.2g}")
     v10.say(f"the cut model: {args.out}")
-    record = {"command": command, "checkpoint": Path(args.checkpoint).name, "metric": args.metric,
-              "allocate": args.allocate, "only": args.only, "seed": args.seed, "tokens": len(job.text.calibration),
-              "calibration": job.text.source, "data_file": job.text.name, "report_tokens": tokens, "before": size,
-              "after": new, "loss_before": mean_loss(before), "loss": mean_loss(after),
-              "loss_error": error, "plain_increase": plain, "predicted": predicted, "gap": gap,
-              "ranks": {matrix.name: k for matrix, k in zip(found, ranks, strict=True)},
-              "shapes": {matrix.name: [len(matrix.U), matrix.V.shape[1]] for matrix in found}}
-    v10.write_record(Path(args.log_file), "compress", **record)
-    return record
+    v10.write_record(
+        Path(args.log_file), "compress", command=args.command, checkpoint=Path(args.checkpoint).name, target=target,
+        metric=args.metric, allocate=args.allocate if args.command == "fit" or not (args.rank or args.energy) else None,
+        only=args.only, dense=args.dense, seed=args.seed, tokens=len(job.calibration), calibration=job.source,
+        data_file=job.text.path.name, report_tokens=tokens, before=size, after=new, loss_before=mean_loss(before),
+        loss=mean_loss(after), loss_error=error, plain_increase=plain, predicted=predicted, gap=gap,
+        ranks={matrix.name: k for matrix, k in zip(found, ranks, strict=True)},
+        shapes={matrix.name: [len(matrix.U), matrix.V.shape[1]] for matrix in found})
+
+
+def export(model, path):
+    """The weights as a .safetensors file; a tied or shared one once, under its first name."""
+    from safetensors.torch import save_file
+    with v10.writing(path):
+        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
+                  v10.temporary(path))
+        v10.temporary(path).replace(path)
 
 
 # ---- The commands ----------------------------------------------------------------------------------------------------
 
 def cut(args):
     """Cut to a size."""
-    job = Job(args)
-    found, gap = job.matrices(args.metric), 0.0
+    job, gap = Job(args), 0.0
+    found = job.matrices(args.metric)
     if args.rank:
-        ranks = [args.rank if args.rank <= matrix.limit else None for matrix in found]
+        ranks, target = [args.rank if args.rank <= matrix.limit else None for matrix in found], f"--rank {args.rank}"
     elif args.energy:
-        ranks = energy_ranks(found, args.energy)
+        ranks, target = energy_ranks(found, args.energy), f"--energy {args.energy:g}"
     else:
-        total = sum(matrix.now for matrix in found)
-        budget = job.budget(args.keep) if args.keep else args.params - (v10.count_parameters(job.model) - total)
-        if budget >= total:
+        budget = (args.keep * total(found) if args.keep else
+                  args.params - (v10.count_parameters(job.model) - total(found)))
+        if budget >= total(found):
             raise UserError(f"{args.checkpoint} has {v10.count_parameters(job.model):,} parameters, within --params "
                             f"{args.params:,} already")
         ranks, gap = ranks_within(found, budget, args.allocate)
-    if all(k is None for k in ranks):
-        raise UserError("nothing becomes smaller: every matrix would need more parameters as factors")
-    report(job, ranks, gap, "cut")
+        target = f"--keep {args.keep:g}" if args.keep else f"--params {args.params}"
+    report(job, ranks, gap, target)
 
 
 def fit(args):
     """The smallest model within a loss, by bisection on one half of the held-out text; reported on the other."""
     job = Job(args)
-    found, start = job.matrices(args.metric), block_losses(job.model, job.text.decide)
-    allowed = args.loss(mean_loss(start))
-    tried = {}
+    found, start, tried = job.matrices(args.metric), block_losses(job.model, job.text.decide), {}
 
     def within(keep):
-        ranks, gap = ranks_within(found, job.budget(keep), args.allocate)
+        ranks, gap = ranks_within(found, keep * total(found), args.allocate)
         tried[keep] = mean_loss(job.losses(args.metric, ranks, job.text.decide)) - mean_loss(start), ranks, gap
-        return tried[keep][0] <= allowed
+        return tried[keep][0] <= args.loss
 
-    low = 1.01 * sum(matrix.side for matrix in found) / job.budget(1.0)
-    high, bar = 1.0, tqdm(total=args.evaluations, unit="cut", disable=None)
-    for number in range(args.evaluations):
-        keep = (low * high) ** 0.5 if number else low
-        low, high = (low, keep) if within(keep) else (keep, high)
-        bar.update()
-        if high <= low:  # even the smallest is within
-            break
-    bar.close()
-    good = [keep for keep, (increase, ranks, _) in tried.items() if increase <= allowed and any(ranks)]
+    least = sum(min(matrix.side, matrix.now) for matrix in found) / total(found)  # rank 1
+    low, high = min(1.0, 1.001 * least), 1.0
+    with tqdm(total=args.evaluations, unit="cut", disable=None) as bar:
+        for number in range(args.evaluations):
+            keep = (low * high) ** 0.5 if number else low
+            low, high = (low, keep) if within(keep) else (keep, high)
+            bar.update()
+            if high <= low:  # even the smallest is within
+                break
+    good = [keep for keep, (increase, ranks, _) in tried.items() if increase <= args.loss and any(ranks)]
     if not good:
         best = min(tried, key=lambda keep: tried[keep][0])
-        raise UserError(f"no cut is within {allowed:+.4f} nats; the best of {len(tried)} loses {tried[best][0]:+.4f} "
-                        f"and keeps {best:.1%}")
-    _, ranks, gap = tried[min(good)]
-    v10.say(f"decided on {sum(n for _, n in start):,} other held-out tokens, by {len(tried)} cuts: {min(good):.1%} of "
-            f"what may be cut is kept, {tried[min(good)][0]:+.4f} nats of {allowed:+.4f}")
-    report(job, ranks, gap, "fit")
+        raise UserError(f"no cut is within {args.loss:+.4f} nats; the best of {len(tried)} loses {tried[best][0]:+.4f} "
+                        f"and keeps {kept(found, tried[best][1]) / total(found):.1%}")
+    increase, ranks, gap = tried[min(good)]
+    v10.say(f"decided on {sum(n for _, n in start):,} other held-out tokens, by {len(tried)} cuts: "
+            f"{kept(found, ranks) / total(found):.1%} of what may be cut is kept, {increase:+.4f} nats of "
+            f"{args.loss:+.4f}")
+    report(job, ranks, gap, f"--loss {args.loss:.4g}")
 
 
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
@@ -561,33 +608,34 @@ SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 def compare(args):
     """Every metric at five budgets, each with one share for every matrix and with one budget over all."""
     job = Job(args)
-    columns, rows = [(metric, how) for metric in METRICS for how in ("uniform", "global")], []
-    least = sum(min(matrix.side, matrix.now) for matrix in job.matrices("plain"))  # rank 1
-    shares = [keep for keep in SHARES if job.budget(keep) >= least]
-    if not shares:
+    plain, before = job.matrices("plain"), mean_loss(job.before)
+    everything, rest = total(plain), v10.count_parameters(job.model) - total(plain)
+    least = sum(min(matrix.side, matrix.now) for matrix in plain)  # rank 1
+    rows = [{"keep": keep, "cuts": {}} for keep in SHARES if keep * everything >= least]
+    if not rows:
         raise UserError(f"{args.checkpoint} is too small: rank 1 in all matrices is more than {SHARES[0]:.0%} of them")
-    bar = tqdm(total=len(shares) * len(columns), unit="cut", disable=None)
-    for keep in shares:
-        row = {}
-        for metric, how in columns:
-            ranks, _ = ranks_within(job.matrices(metric), job.budget(keep), how)
-            after = job.losses(metric, ranks, job.text.report)
-            row[f"{metric}, {how}"] = {
-                "increase": mean_loss(after) - mean_loss(job.before), "error": paired_error(after, job.before),
-                "kept": kept(job.matrices(metric), ranks),
-                "parameters": v10.count_parameters(job.model) - job.budget(1.0) + kept(job.matrices(metric), ranks)}
-            bar.update()
-        rows.append({"keep": keep, "cuts": row})
-    bar.close()
-    width = max(len(name) for name in rows[0]["cuts"]) + 2
-    v10.say(f"loss {mean_loss(job.before):.4f}; with a cut, by so much higher:")
-    v10.say(f"{'kept':8}" + "".join(f"{name:>{width}}" for name in rows[0]["cuts"]))
+    with tqdm(total=len(rows) * 2 * len(METRICS), unit="cut", disable=None) as bar:
+        for metric in METRICS:
+            found = job.matrices(metric)
+            for row in rows:
+                for how in ("uniform", "global"):
+                    ranks, _ = ranks_within(found, row["keep"] * everything, how)
+                    after = job.losses(metric, ranks, job.text.report)
+                    row["cuts"][f"{metric}, {how}"] = {
+                        "increase": mean_loss(after) - before, "error": paired_error(after, job.before),
+                        "kept": kept(found, ranks), "parameters": rest + kept(found, ranks)}
+                    bar.update()
+            job.found.clear()  # the next metric's need the room
+    names = [*rows[0]["cuts"]]
+    width = max(map(len, names)) + 2
+    v10.say(f"loss {before:.4f}; with a cut, by so much higher:")
+    v10.say(f"{'kept':8}" + "".join(f"{name:>{width}}" for name in names))
     for row in rows:
-        v10.say(f"{row['keep']:<8.2%}" + "".join(f"{cell['increase']:>+{width}.4f}" for cell in row["cuts"].values()))
+        v10.say(f"{row['keep']:<8.2%}" + "".join(f"{row['cuts'][name]['increase']:>+{width}.4f}" for name in names))
     v10.write_record(Path(args.log_file), "compress", command="compare", checkpoint=Path(args.checkpoint).name,
-                     only=args.only, seed=args.seed, tokens=len(job.text.calibration), calibration=job.text.source,
-                     data_file=job.text.name, report_tokens=sum(n for _, n in job.before), before=sizes(job.model),
-                     loss_before=mean_loss(job.before), rows=rows)
+                     only=args.only, seed=args.seed, tokens=len(job.calibration), calibration=job.source,
+                     data_file=job.text.path.name, report_tokens=sum(n for _, n in job.before),
+                     before=sizes(job.model), loss_before=before, rows=rows)
 
 
 class LoRA(torch.nn.Module):
@@ -604,13 +652,16 @@ class LoRA(torch.nn.Module):
         return self.layer(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
     def merged(self):
-        """A layer that computes the same: W + (alpha / r) B A, or factors of rank R + r."""
-        B = self.scale * self.B.detach()
+        """A layer that computes the same: W + (alpha / r) B A, or factors of rank R + r, at most that of a matrix."""
+        A, B = self.A.detach(), self.scale * self.B.detach()
         if self.layer.rank is None:
-            self.layer.weight.data += B @ self.A.detach()
-        else:
-            self.layer.set_factors(torch.cat([self.layer.U.detach(), B], 1),
-                                   torch.cat([self.layer.V.detach(), self.A.detach()]))
+            self.layer.weight.data += B @ A
+            return self.layer
+        U, V = torch.cat([self.layer.U.detach(), B], 1), torch.cat([self.layer.V.detach(), A])
+        if len(V) > min(self.layer.shape):
+            P, S, Qt = torch.linalg.svd(U @ V, full_matrices=False)
+            U, V = P * S.sqrt(), S.sqrt()[:, None] * Qt
+        self.layer.set_factors(U, V)
         return self.layer
 
 
@@ -624,6 +675,9 @@ def replace_layers(model, new):
                 setattr(block, name, made[layer])
 
 
+TRAINED = {"all": None, "factors": ("U", "V"), "lora": ("A", "B")}  # the last names of the parameters
+
+
 def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespace) -> int:
     """Train some of a model's parameters for --steps on tokens (N,) -> how many they are. `factors`: those of all
     factored matrices; `lora`: additions of rank --lora-rank to the linear layers, merged at the end; `all`."""
@@ -631,8 +685,7 @@ def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespac
     if kind == "lora":
         replace_layers(model, lambda layer: LoRA(layer, args.lora_rank, args.lora_alpha or 2 * args.lora_rank))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = {"all": True, "factors": name.rpartition(".")[2] in "UV",
-                                   "lora": name.rpartition(".")[2] in "AB"}[kind]
+        parameter.requires_grad = TRAINED[kind] is None or name.rpartition(".")[2] in TRAINED[kind]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("there are no factors to train: --train all or lora")
@@ -642,8 +695,7 @@ def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespac
     for step in tqdm(range(args.steps), desc=kind, unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        batch = v10.sample_batch(tokens, args.batch_size, model.config.block_size, generator)
-        loss = model(*batch)
+        loss = model(*v10.sample_batch(tokens, args.batch_size, model.config.block_size, generator))
         if not math.isfinite(loss.item()):
             raise v10.TrainingError(f"the loss of step {step + 1} is not finite: try a smaller --lr")
         optimizer.zero_grad()
@@ -657,38 +709,42 @@ def fine_tune(model: v10.GPT, kind: str, tokens: Tensor, args: argparse.Namespac
 
 def tune(args):
     """Fine-tune a cut model, and beside it all of the one that it was cut from, for as many steps."""
-    content = v10.load(Path(args.checkpoint))
-    uncut = Path(args.uncut or Path(args.checkpoint).parent / content.get("cut_from", ""))
-    if not uncut.is_file():
+    content, model = load(args.checkpoint)
+    uncut = args.uncut or str(Path(args.checkpoint).parent / content.get("cut_from", ""))
+    if not Path(uncut).is_file():
         raise UserError(f"{args.checkpoint} is compared with the model that it was cut from: --uncut CKPT names it")
-    whole, text, rows = v10.load(uncut), read_text(args, content), []
-    if whole["vocabulary"] != content["vocabulary"]:
-        raise UserError(f"{uncut} has another vocabulary than {args.checkpoint}")
+    whole, uncut_model = load(uncut)
+    if (whole["vocabulary"], uncut_model.config) != (content["vocabulary"], model.config):
+        raise UserError(f"{args.checkpoint} was not cut from {uncut}: sizes or vocabulary differ")
     if args.on:
-        tokens = v10.encode(v10.read_words(Path(args.on), content["config"]["tokenize"])[0], content["vocabulary"])
-        T, part = content["config"]["block_size"], len(tokens) * 4 // 5
+        tokens, T = read_tokens(args.on, model.config, content["vocabulary"]), model.config.block_size
+        part = len(tokens) * 4 // 5
         if min(part, len(tokens) - part) <= T:
             raise UserError(f"{args.on} gives {len(tokens):,} tokens; a fifth of them, held out, should be more than "
                             f"a block of {T:,}")
-        text = text._replace(name=Path(args.on).name, train=tokens[:part], report=tokens[part:])
-    for name, of_model, kind in (("cut", content, args.train), ("uncut", whole, "all")):
-        model = v10.build_model(of_model | {"config": of_model["config"] | {"dropout": args.dropout}}).eval()
-        before = block_losses(model, text.report)
-        trained = fine_tune(model, kind, text.train, args)
-        after = block_losses(model, text.report)
-        rows.append({"model": name, "train": kind, "parameters": v10.count_parameters(model), "trained": trained,
-                     "loss_before": mean_loss(before), "loss": mean_loss(after)})
-        if name == "cut":
-            v10.save(Path(args.out), of_model | v10.model_content(model, content["vocabulary"]) | {
-                "config": of_model["config"]})
+        name, train, held_out = Path(args.on).name, tokens[:part], tokens[part:]
+    else:
+        path, train, _, held_out = read_text(args, content, model.config)
+        name = path.name
+    rows = []
+    for which, tuned, kind in (("cut", model, args.train), ("uncut", uncut_model, "all")):
+        for module in tuned.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = args.dropout
+        before = block_losses(tuned, held_out)
+        trained = fine_tune(tuned, kind, train, args)
+        rows.append({"model": which, "train": kind, "parameters": v10.count_parameters(tuned), "trained": trained,
+                     "loss_before": mean_loss(before), "loss": mean_loss(block_losses(tuned, held_out))})
+    kept = {name: content[name] for name in ("text", "cut_from") if name in content}
+    v10.save(Path(args.out), v10.model_content(model, content["vocabulary"]) | kept)
     v10.say(f"{'':8}{'trained':>10}{'parameters':>14}{'of these':>14}{'loss before':>14}{'after':>10}")
     for row in rows:
         v10.say(f"{row['model']:8}{row['train']:>10}{row['parameters']:>14,}{row['trained']:>14,}"
                 f"{row['loss_before']:>14.4f}{row['loss']:>10.4f}")
-    v10.say(f"{args.steps} steps; measured on {sum(n for _, n in before):,} held-out tokens; the tuned model: "
-            f"{args.out}")
+    v10.say(f"{args.steps} steps; measured on {sum(n for _, n in before):,} held-out tokens of {name}\n"
+            f"the tuned model: {args.out}")
     v10.write_record(Path(args.log_file), "compress", command="tune", checkpoint=Path(args.checkpoint).name,
-                     steps=args.steps, lr=args.lr, seed=args.seed, data_file=text.name, lora_rank=args.lora_rank,
+                     steps=args.steps, lr=args.lr, seed=args.seed, data_file=name, lora_rank=args.lora_rank,
                      models=rows)
 
 
@@ -700,23 +756,38 @@ def spectrum(args):
     v10.say(f"{'matrix':40}{'shape':>16}{'stable rank':>13}" + "".join(f"{energy:>8.1%}" for energy in ENERGIES)
             + f"{'break-even':>12}")
     for path in map(Path, args.files):
-        seen, found = 0, {}
+        found = {}
         for name, U, V in read_matrices(path):
-            if not all(torch.isfinite(factor).all() for factor in (U, V) if factor is not None):
-                raise UserError(f"{path}: {name} holds a number that is not finite")
-            S = torch.linalg.svdvals(U.float()) if V is None else v10.product_singular_values(U.float(), V.float())
-            m, n = U.shape[0], (U if V is None else V).shape[1]
-            energy, even = S.double().square().cumsum(0), (m * n - 1) // (m + n)
-            ranks = [int((energy < share * energy[-1]).sum()) + 1 for share in ENERGIES] if energy[-1] > 0 else [0] * 4
-            v10.say(f"{name[:39]:40}{f'{m} x {n}':>16}{v10.stable_rank_of(S):>13.1f}"
-                    + "".join(f"{rank:>8}" for rank in ranks) + f"{even:>12}"
-                    + ("" if ranks[1] <= even else "   95% needs more than the matrix"))
-            found[name], seen = {"shape": [m, n], "stable_rank": v10.stable_rank_of(S), "ranks": ranks,
-                                 "break_even": even, "singular_values": S.tolist()}, seen + 1
-        if not seen:
+            found[name] = row = of_matrix(path, name, U, V)
+            v10.say(f"{name[:39]:40}{'{} x {}'.format(*row['shape']):>16}{row['stable_rank']:>13.1f}"
+                    + "".join(f"{rank:>8}" for rank in row["ranks"]) + f"{row['break_even']:>12}"
+                    + ("" if row["ranks"][1] <= row["break_even"] else "   95% needs more than the matrix"))
+        if not found:
             raise UserError(f"{path} has no matrix: no tensor of two dimensions")
         if args.log_file:
             v10.write_record(Path(args.log_file), "compress", command="spectrum", checkpoint=path.name, matrices=found)
+
+
+def of_matrix(path, name, U, V):
+    """What `spectrum` says of W = U, or of W = U V. Raises UserError if it cannot be said."""
+    try:
+        factors = [factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32) for factor in (U, V)
+                   if factor is not None]
+    except RuntimeError:
+        raise UserError(f"{path}: {name} has a type that cannot be computed with, {U.dtype}") from None
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        raise UserError(f"{path}: {name} holds a number that is not finite")
+    scales = [factor.abs().max().item() or 1.0 for factor in factors]  # so that no square is too large, or too small
+    factors = [factor / scale for factor, scale in zip(factors, scales, strict=True)]
+    S = (torch.linalg.svdvals(factors[0]) if V is None else v10.product_singular_values(*factors)).double()
+    m, n = U.shape[0], (U if V is None else V).shape[1]
+    energy = S.square().cumsum(0)
+    ranks = [int((energy < share * energy[-1]).sum()) + 1 for share in ENERGIES] if S[0] > 0 else [0] * len(ENERGIES)
+    values = (S * math.prod(scales)).tolist()
+    if not math.isfinite(values[0]):
+        raise UserError(f"{path}: {name} is too large: its singular values are not finite")
+    return {"shape": [m, n], "stable_rank": v10.stable_rank_of(S), "ranks": ranks,
+            "break_even": (m * n - 1) // (m + n), "singular_values": values}
 
 
 def read_matrices(path: Path):
@@ -726,8 +797,10 @@ def read_matrices(path: Path):
         try:
             files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             shards = [path.with_name(Path(name).name) for name in dict.fromkeys(files)]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{path} is not an index of safetensors files") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            shards = []
+        if not shards or not all(shard.suffix == ".safetensors" for shard in shards):
+            raise UserError(f"{path} is not an index of safetensors files")
         for shard in shards:
             yield from read_matrices(shard)
         return
@@ -736,11 +809,14 @@ def read_matrices(path: Path):
     if path.suffix == ".safetensors":
         yield from read_safetensors(path)
         return
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever foreign bytes lead to
-        raise UserError(f"{path} cannot be read without running code, or is no file of tensors "
-                        f"({type(error).__name__})") from None
+    for mapped in (True, False):  # older files cannot be mapped
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            break
+        except Exception as error:  # torch.load raises whatever foreign bytes lead to
+            if not mapped:
+                raise UserError(f"{path} cannot be read without running code, or is no file of tensors "
+                                f"({type(error).__name__})") from None
     for key in ("model", "state_dict"):
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     if not isinstance(content, dict):
@@ -749,7 +825,7 @@ def read_matrices(path: Path):
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
         U, V = (tensors.get(f"{stem}.{side}") for side in "UV")
-        if part in "UV" and U is not None and V is not None and U.shape[1] == V.shape[0]:
+        if part in ("U", "V") and U is not None and V is not None and U.shape[1] == V.shape[0]:
             if part == "U":
                 yield stem, U, V
         else:
@@ -757,7 +833,8 @@ def read_matrices(path: Path):
 
 
 def is_matrix(tensor):
-    return isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.is_floating_point() and min(tensor.shape) > 0
+    return (isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.is_floating_point() and min(tensor.shape) > 0
+            and tensor.layout == torch.strided and tensor.device.type == "cpu")
 
 
 def read_safetensors(path):
@@ -767,14 +844,14 @@ def read_safetensors(path):
             for name in file.keys():  # noqa: SIM118, it is no dict
                 if len(file.get_slice(name).get_shape()) == 2 and is_matrix(tensor := file.get_tensor(name)):
                     yield name, tensor, None
-    except (SafetensorError, OSError, struct.error) as error:
+    except (SafetensorError, OSError, AttributeError) as error:  # the last one: a type that torch does not know
         raise UserError(f"{path} is not a good safetensors file: {error}") from None
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 def tolerance(text):
-    """An argparse type: `+5%` of the perplexity or nats, such as 0.02 -> f(loss) in nats."""
+    """An argparse type: `+5%` of the perplexity or nats, such as 0.02 -> nats."""
     try:
         value = float(text.removesuffix("%"))
         allowed = math.log1p(value / 100) if text.endswith("%") else value
@@ -783,7 +860,7 @@ def tolerance(text):
     if not math.isfinite(allowed):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a share of the perplexity, such as +5%, nor nats, such "
                                          "as 0.02")
-    return lambda loss: allowed
+    return allowed
 
 
 def parameters(text):
@@ -799,83 +876,92 @@ def parameters(text):
 
 
 def build_parser():
-    number = v10.number
+    number, share = v10.number, v10.number(float, above=0, below=1)
     parser = v10.Parser(prog="compress.py", description="Makes a trained model small, and says what that costs.",
                         allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run):
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
-        return sub
+        return sub.add_argument
 
     for name, run in (("fit", fit), ("cut", cut), ("tune", tune), ("compare", compare)):
-        sub = command(name, run)
-        flag = sub.add_argument
+        flag = command(name, run)
         flag("checkpoint", type=v10.PATH, metavar="CKPT", help="of v7, v10 or v11, or one that compress.py wrote")
         if name == "fit":
             flag("--loss", type=tolerance, required=True, help="+5%%: of the perplexity; 0.02: in nats")
-            flag("--evaluations", type=number(int, least=1, below=1000), default=10, help="cuts to try")
+            flag("--evaluations", type=number(int, least=1, below=1000), default=10, help="cuts to try (10)")
         if name == "cut":
-            one = sub.add_mutually_exclusive_group(required=True).add_argument
-            one("--keep", type=number(float, above=0, below=1), help="the share kept of what --only names")
+            one = flag.__self__.add_mutually_exclusive_group(required=True).add_argument
+            one("--keep", type=share, help="the share kept of what --only names")
             one("--params", type=parameters, help="the whole model's parameters, such as 5M")
             one("--rank", type=v10.COUNT, help="one rank for all; a matrix that it would not make smaller stays")
-            one("--energy", type=number(float, above=0, below=1), help="the share of its sum of s_i^2 that each "
-                "matrix keeps, in the metric")
+            one("--energy", type=share, help="the share of its sum of s_i^2 that each matrix keeps, in the metric")
         if name == "tune":
-            flag("--train", choices=("factors", "lora", "all"), default="factors", help="what is trained; lora: "
-                 "additions of low rank to the linear layers, merged into them at the end")
-            flag("--lora-rank", type=v10.COUNT, default=8, help="of each addition")
-            flag("--lora-alpha", type=v10.POSITIVE, help="an addition's weight is alpha / rank; by default 2 rank")
+            flag("--train", choices=("factors", "lora", "all"), default="factors", help="what is trained (factors); "
+                 "lora: additions of low rank to the linear layers, merged into them at the end")
+            flag("--lora-rank", type=number(int, least=1, below=2**16), default=8, help="of each addition (8)")
+            flag("--lora-alpha", type=v10.POSITIVE, help="an addition's weight is alpha / rank (twice the rank)")
             flag("--uncut", type=v10.PATH, help="the model that it was cut from, if it is not beside it")
             flag("--on", type=v10.PATH, help="another text, to train and to report on; its last fifth is held out")
-            flag("--steps", type=v10.COUNT, default=200, help="of AdamW, its rate falling to 0 along a cosine")
-            flag("--lr", type=v10.POSITIVE, default=1e-4, help="the highest rate")
-            flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's")
-            flag("--batch-size", type=v10.COUNT, default=16, help="blocks per step")
-            flag("--dropout", type=v10.FRACTION, default=0.1, help="while it trains")
+            flag("--steps", type=v10.COUNT, default=200, help="of AdamW, its rate falling to 0 along a cosine (200)")
+            flag("--lr", type=v10.POSITIVE, default=1e-4, help="the highest rate (1e-4)")
+            flag("--weight-decay", type=number(float, least=0), default=0.01, help="AdamW's (0.01)")
+            flag("--batch-size", type=v10.COUNT, default=16, help="blocks per step (16)")
+            flag("--dropout", type=v10.FRACTION, default=0.1, help="while it trains (0.1)")
         else:
-            flag("--only", choices=("linear", "ends", "all"), default="all", help="ends: embedding and head")
+            flag("--only", choices=("linear", "ends", "all"), default="all", help="ends: embedding and head (all)")
+            flag("--calibration", type=v10.PATH, help="another text to measure the metrics on")
+            flag("--tokens", type=v10.COUNT, default=16_384, help="calibration tokens (16,384)")
         if name in ("fit", "cut"):
-            flag("--metric", choices=METRICS, default="fisher", help="what a cut loses")
+            flag("--metric", choices=METRICS, default="fisher", help="what a cut loses (fisher)")
             flag("--allocate", choices=("uniform", "energy", "global"), default="global",
-                 help="one share of the parameters or of the energy for all, or one budget over all")
+                 help="one share of the parameters or of the energy for all, or one budget over all (global)")
             flag("--dense", action="store_true", help="multiply the factors out again")
+            flag("--export", type=v10.PATH, metavar="NAME.safetensors", help="also write the weights there")
         if name != "compare":
-            flag("--out", type=v10.PATH, help="the new model; by default NAME.cut.pt or NAME.tuned.pt beside the "
-                 "checkpoint")
+            kind = "tuned" if name == "tune" else "cut"
+            flag("--out", type=v10.PATH, help=f"the new model (NAME.{kind}.pt beside the checkpoint)")
             flag("--overwrite", action="store_true", help="replace an existing --out")
         flag("--data-file", type=v10.PATH, help="the training text, if it is not where the checkpoint says")
-        flag("--val-fraction", type=number(float, above=0, below=1),
-             help="as in the training run; by default the checkpoint's")
-        flag("--min-count", type=v10.COUNT, help="as in the training run; by default the checkpoint's")
-        if name != "tune":
-            flag("--calibration", type=v10.PATH, help="another text to measure the metric on")
-            flag("--tokens", type=v10.COUNT, default=16_384, help="calibration tokens")
-        flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of batches and labels")
-        flag("--log-file", type=v10.PATH, default="logs/compress.jsonl", help="a record per command is added to it")
-    sub = command("spectrum", spectrum)
-    sub.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint, any .pt of tensors, .safetensors or its "
-                     "index")
-    sub.add_argument("--log-file", type=v10.PATH, help="a record per file is added to it")
+        flag("--val-fraction", type=share, help="as in the training run, if the checkpoint does not say")
+        flag("--min-count", type=v10.COUNT, help="as in the training run, if the checkpoint does not say")
+        flag("--seed", type=number(int, least=0, below=2**63), default=0, help="of batches and labels (0)")
+        flag("--log-file", type=v10.PATH, default="logs/compress.jsonl", help="a record per command is added to it "
+             "(logs/compress.jsonl)")
+    flag = command("spectrum", spectrum)
+    flag("files", nargs="+", metavar="FILE", help="a checkpoint, any .pt of tensors, .safetensors or its index")
+    flag("--log-file", type=v10.PATH, help="a record per file is added to it")
     return parser
 
 
 def check(args):
-    """Raises UserError for what cannot be written."""
-    if args.log_file:
-        log = Path(args.log_file)
-        with v10.writing(log):
-            log.parent.mkdir(parents=True, exist_ok=True)
-    if "out" not in args:
-        return
-    path = Path(args.checkpoint)
-    kind = "tuned" if args.command == "tune" else "cut"
-    args.out = args.out or str(path.with_name(f"{path.name.removesuffix('.pt')}.{kind}.pt"))
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out} exists: --overwrite replaces it, --out NAME writes elsewhere")
+    """Fill in --out, and raise UserError for names that cannot be written, or are those of other files."""
+    flags = vars(args)
+    if "out" in flags:
+        path, kind = Path(args.checkpoint), "tuned" if args.command == "tune" else "cut"
+        args.out = args.out or str(path.with_name(f"{path.name.removesuffix('.pt')}.{kind}.pt"))
+    written = [(flag, Path(flags[name])) for name, flag in (("out", "--out"), ("export", "--export"),
+                                                            ("log_file", "--log-file")) if flags.get(name) is not None]
+    read = [Path(flags[name]) for name in ("checkpoint", "data_file", "calibration", "uncut", "on") if flags.get(name)]
+    for flag, path in written:
+        if not path.name or path.is_dir() or Path("/dev") in path.absolute().parents:
+            raise UserError(f"{flag} needs the name of a file, not {str(path)!r}")
+        others = [other for _, other in written if other is not path] + read + [Path(f) for f in flags.get("files", [])]
+        if path.resolve() in {other.resolve() for other in others}:
+            raise UserError(f"{flag} {path} is one of the other files: choose another name")
+        if flag != "--log-file" and path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists: --overwrite replaces it, {flag} NAME writes elsewhere")
+        with v10.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if flag == "--log-file" and path.exists():
+                with open(path, "r+b") as log:  # which also says whether it can be written
+                    if log.read(20) not in (b"", b'{"kind": "compress",'):
+                        raise UserError(f"{path} is not a log of compress.py: choose another --log-file")
+            else:
+                v10.temporary(path).touch()
+                v10.temporary(path).unlink()
 
 
 @v10.screens()
@@ -891,8 +977,16 @@ def main(argv=None):
     except OSError as error:
         print(f"compress.py: error: cannot use {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
+    except torch.linalg.LinAlgError as error:
+        print(f"compress.py: error: a decomposition failed, so the weights are out of bounds: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("compress.py: error: out of memory: try fewer --tokens, or --only linear", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("compress.py: interrupted; nothing was changed", file=sys.stderr)
+        print("compress.py: interrupted; no file was written", file=sys.stderr)
         return 130
 
 

@@ -270,8 +270,8 @@ def check_compression(record):
     command = record.get("command")
     if command in ("cut", "fit"):
         numbers(record, "loss_before", "loss")
-        if not isinstance(record.get("metric"), str) or record.get("allocate") not in ("uniform", "energy", "global"):
-            raise ValueError("metric and allocate should be text")
+        if not isinstance(record.get("metric"), str) or not isinstance(record.get("target"), str):
+            raise ValueError("metric and target should be text")
         for name in ("before", "after"):
             numbers(record.get(name), "all", "linear", "ends")
             if min(record[name]["all"], record[name]["linear"]) <= 0:
@@ -645,9 +645,9 @@ def compression_tables(log):
     cuts = [record for record in log.records if record["command"] in ("cut", "fit")]
     if cuts:
         yield Table(f"{log.name}_cut", f"Cuts, {log.name}", [
-            "checkpoint", "command", "metric", "budget", "parameters", "kept", "in linear layers", "kept there", "loss",
+            "checkpoint", "command", "metric", "parameters", "kept", "in linear layers", "kept there", "loss",
             "change", "perplexity", "plain SVD of this size"], [
-            [record["checkpoint"], record["command"], record["metric"], record["allocate"],
+            [record["checkpoint"], plain(f"{record['command']} {record['target']}"), plain(record["metric"]),
              f"{record['after']['all']:,}", f"{record['after']['all'] / record['before']['all']:.1%}",
              f"{record['after']['linear']:,}",
              f"{record['after']['linear'] / record['before']['linear']:.1%}", f"{record['loss']:.4f}",

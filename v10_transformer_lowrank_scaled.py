@@ -1757,7 +1757,10 @@ def start_from(content: dict, variant: Variant, dropout: float) -> GPT:
 
 def check_start(content, args, vocabulary):
     """Raises UserError if the model of --init-from is not one of these flags, but for dropout, and of this text."""
-    config = content["config"] | {"dropout": args.dropout}
+    try:
+        config = asdict(GPTConfig(**content["config"])) | {"dropout": args.dropout}
+    except (TypeError, LookupError):
+        raise UserError(f"{args.init_from} does not hold a model of this suite") from None
     asked = asdict(GPTConfig.of_flags(args, len(vocabulary))) | {"vocab_size": config["vocab_size"]}
     flags = [f"--{name.replace('_', '-')} {config[name]}".replace(" True", "") for name in asked
              if config[name] != asked[name]]

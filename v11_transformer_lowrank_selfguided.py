@@ -68,8 +68,8 @@ class SelfGuided(v11.LowRankSpectron):
         if steps < 2 or (args.rank_interval or 1) > steps:
             raise v10.UserError("the guides go at a rank update in the second half: --rank-interval must be at most "
                                 "the number of steps, and that at least 2")
-        if args.compile or args.cuts:
-            raise v10.UserError("layers with guides take neither --compile nor --cuts")
+        if args.compile or args.cuts or args.init_from:
+            raise v10.UserError("layers with guides take neither --compile nor --cuts, and no --init-from")
 
     def linear(self, n, m, rank):
         return SelfGuidedLinear(n, m, rank)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 import compress
@@ -261,7 +262,9 @@ def test_at_full_rank_the_predictions_stay(metric, flags, dense):
     x = calibration().view(-1, 8)
     assert relative(cut(x).double().log_softmax(-1), model(x).double().log_softmax(-1)) < 1e-5  # logits are float32
     assert (cut.end_ranks() == [None, None]) == dense
-    assert cut.config.tie_embeddings == (cut.head is not None and bool(flags.get("tie_embeddings")))
+    if flags.get("tie_embeddings"):
+        a, b = (cut.head.weight, cut.token_embedding.weight) if dense else (cut.head.U, cut.token_embedding.U)
+        assert a is b
 
 
 def test_the_mean_error_of_the_heads_outputs_is_zero():
@@ -325,7 +328,7 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
         assert not err
         for title in ("Cuts, log", "Change of the loss, v7.best.pt", "Fine-tuning, log", "Spectra, v7.best.pt"):
             assert title in out
-        kept, = (line for line in out.splitlines() if "| v7.best.pt " in line and " cut |" in line)
+        kept, = (line for line in out.splitlines() if "| v7.best.pt " in line and " cut --keep 0.3 |" in line)
         record = records(log, "compress")[0]
         assert f"{record['after']['all']:,}" in kept
         assert f"{record['loss']:.4f}" in kept
@@ -337,11 +340,11 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"loss": "low"}, "loss_before, loss should be numbers"), ({"command": "shrink"}, "an unknown command"),
-    ({"metric": 3}, "metric and allocate should be text"), ({"after": {}}, "all, linear, ends should be numbers"),
+    ({"metric": 3}, "metric and target should be text"), ({"after": {}}, "all, linear, ends should be numbers"),
     ({"checkpoint": None}, "checkpoint should be text"), ({"kind": "epoch"}, "no epoch in it")])
 def test_a_damaged_record_of_compress_is_told_in_one_line(tmp_path, capsys, change, said):
     sizes = {"all": 9, "linear": 5, "ends": 3}
-    record = {"kind": "compress", "command": "cut", "checkpoint": "v7.pt", "metric": "fisher", "allocate": "global",
+    record = {"kind": "compress", "command": "cut", "checkpoint": "v7.pt", "metric": "fisher", "target": "--keep 0.5",
               "loss_before": 5.0, "loss": 5.1, "before": sizes, "after": sizes}
     (tmp_path / "log.jsonl").write_text(json.dumps(record | change) + "\n")
     code = plot_logs.main([str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")])
@@ -515,6 +518,72 @@ def test_fit_finds_the_smallest_model_within_the_loss_on_text_that_it_does_not_r
     assert tight["loss"] - tight["loss_before"] < loose["loss"] - loose["loss_before"] < 0.4
 
 
+def test_what_is_cut_from_a_last_checkpoint_holds_a_model_and_no_run(trained, tmp_path):
+    for name in ("v7.pt", "v7.best.pt"):
+        assert compress.main(["cut", str(trained / name), "--keep", "0.5", "--out", str(tmp_path / name), "--data-file",
+                              str(trained / "text.tokens"), "--log-file", str(tmp_path / "log.jsonl"),
+                              "--export", str(tmp_path / f"{name}.safetensors")]) == 0
+        assert set(v10.load(tmp_path / name)) == {*content_of(small_model()), "text", "cut_from"}
+        with safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            model, _ = v10.load_model(tmp_path / name)
+            assert {key: file.get_tensor(key).tolist() for key in file.keys()} == {  # noqa: SIM118
+                key: parameter.tolist() for key, parameter in model.named_parameters()}
+
+
+def test_held_out_text_of_little_more_than_a_block_is_enough(trained, tmp_path):
+    words = (trained / "text.tokens").read_text().split()
+    (tmp_path / "text").write_text(" ".join(words[:2800]))
+    flags = [*SIZES, "--data-file", str(tmp_path / "text"), "--val-fraction", "0.01", "--log-file",
+             str(tmp_path / "run.jsonl")]
+    assert v7.main(flags) == 0
+    assert compress.main(["cut", str(tmp_path / "run.best.pt"), "--keep", "0.5", "--data-file", str(tmp_path / "text"),
+                          "--log-file", str(tmp_path / "log.jsonl")]) == 0
+    assert 10 < records(tmp_path / "log.jsonl", "compress")[0]["report_tokens"] < 17
+
+
+def test_a_model_that_lora_has_widened_can_be_cut_again(trained, tmp_path):
+    log = ["--data-file", str(trained / "text.tokens"), "--log-file", str(tmp_path / "log.jsonl")]
+    ckpt, cut, tuned = (str(path) for path in (trained / "v7.best.pt", tmp_path / "cut.pt", tmp_path / "tuned.pt"))
+    for flags in (["cut", ckpt, "--keep", "0.5", "--out", cut], ["cut", tuned, "--keep", "0.97"]):
+        assert compress.main([*flags, *log]) == 0
+        if flags[1] == ckpt:
+            assert compress.main(["tune", cut, "--train", "lora", "--lora-rank", "40", "--steps", "1", "--uncut", ckpt,
+                                  "--out", tuned, *log]) == 0
+
+
+def test_a_dense_result_has_no_factors_whatever_it_was_cut_from(trained, tmp_path):
+    assert compress.main(["cut", str(trained / "v11.best.pt"), "--keep", "0.9", "--dense", "--out",
+                          str(tmp_path / "o.pt"), "--data-file", str(trained / "text.tokens"), "--log-file",
+                          str(tmp_path / "log.jsonl")]) == 0
+    model, _ = v10.load_model(tmp_path / "o.pt")
+    assert (model.ranks(), model.end_ranks()) == ([], [None, None])
+
+
+def test_calibration_with_the_text_that_is_reported_on_is_told(trained, tmp_path, capsys):
+    words = (trained / "text.tokens").read_text().split()
+    for name, part, told in (("end", words[-600:], True), ("start", words[:600], False)):
+        (tmp_path / name).write_text(" ".join(part))
+        capsys.readouterr()
+        assert compress.main(["cut", str(trained / "v7.best.pt"), "--keep", "0.5", "--data-file",
+                              str(trained / "text.tokens"), "--calibration", str(tmp_path / name), "--out",
+                              str(tmp_path / f"{name}.pt"), "--log-file", str(tmp_path / "log.jsonl")]) == 0
+        assert ("the losses below are too good" in capsys.readouterr().out) == told
+
+
+def test_spectra_of_odd_types_and_scales_are_told_or_refused(tmp_path, capsys):
+    W = torch.randn(6, 5)
+    for i, (tensor, code) in enumerate(((W.to(torch.float8_e4m3fn), 0), (1e20 * W, 0), (1e-30 * W, 0),
+                                        (1e300 * W.double(), 0), (W.to_sparse(), 2), (W.to("meta"), 2))):
+        torch.save({"w": tensor}, tmp_path / f"{i}.pt")
+        log = tmp_path / f"{i}.jsonl"
+        assert compress.main(["spectrum", str(tmp_path / f"{i}.pt"), "--log-file", str(log)]) == code
+        if not code:
+            row = records(log, "compress")[0]["matrices"]["w"]
+            assert row["stable_rank"] == pytest.approx(v10.stable_rank_of(torch.linalg.svdvals(W)), rel=0.1)
+    torch.save({"w": W}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert compress.main(["spectrum", str(tmp_path / "old.pt")]) == 0
+
+
 def test_the_fisher_metric_loses_less_than_the_plain_one(trained, tmp_path):
     log = tmp_path / "log.jsonl"
     assert compress.main(["compare", str(trained / "v7.best.pt"), "--data-file", str(trained / "text.tokens"),
@@ -554,13 +623,24 @@ def test_a_spectrum_is_that_of_the_matrices(trained, tmp_path, capsys):
     (["cut", "{ckpt}", "--keep", "0.001"], "rank 1 needs"), (["cut", "{ckpt}", "--params", "5M"], "within --params"),
     (["cut", "{ckpt}", "--params", "five"], "is not a number of parameters"),
     (["cut", "{ckpt}", "--rank", "30"], "nothing becomes smaller"),
-    (["cut", "{ckpt}", "--keep", "0.5", "--out", "{ckpt}"], "exists: --overwrite"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--out", "{ckpt}", "--overwrite"], "is one of the other files"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--out", "{last}"], "exists: --overwrite replaces it"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--out", "/dev/full"], "needs the name of a file"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--out", "{folder}"], "needs the name of a file"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--log-file", "{ckpt}"], "is one of the other files"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--log-file", "{training}"], "is not a log of compress.py"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--val-fraction", "0.5"], "--val-fraction was 0.2 in the run"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--data-file", "{shuffled}"], "its checksum differs"),
+    (["cut", "{ckpt}", "--keep", "0.5", "--data-file", "nowhere"], "there is no nowhere, the text that"),
+    (["cut", "{broken}", "--keep", "0.5"], "norm.weight holds a number that is not finite"),
+    (["tune", "{ckpt}", "--uncut", "{tied}"], "was not cut from"),
+    (["compare", "{ckpt}", "--log-file", "{text}"], "is not a log of compress.py"),
     (["cut", "{ckpt}", "--keep", "0.5", "--data-file", "{other}"], "has another vocabulary"),
     (["cut", "{ckpt}", "--keep", "0.5", "--calibration", "{short}"], "calibration tokens, and a block needs 16"),
     (["cut", "{text}", "--keep", "0.5"], "is not a checkpoint of this suite"),
     (["cut", "nowhere.pt", "--keep", "0.5"], "cannot read nowhere.pt"),
     (["fit", "{ckpt}", "--loss", "5 percent"], "neither a share of the perplexity"),
-    (["fit", "{ckpt}", "--loss=-3"], "no cut is within -3.0000 nats; the best of"),
+    (["fit", "{ckpt}", "--loss=-3"], "no cut is within -3.0000 nats; the best of 10 loses"),
     (["spectrum", "{text}"], "cannot be read without running code"), (["spectrum", "nowhere"], "there is no nowhere"),
     (["spectrum", "{bad}"], "is not a good safetensors file"), (["spectrum", "{nan}"], "w holds a number that is not"),
     (["spectrum", "{flat}"], "has no matrix"), (["spectrum", "{code}"], "cannot be read without running code"),
@@ -576,19 +656,28 @@ def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_pat
     torch.save({"w": torch.full((3, 3), float("nan"))}, tmp_path / "nan.pt")
     save_file({"b": torch.zeros(3)}, tmp_path / "flat.safetensors")
     torch.save({"w": small_model}, tmp_path / "code.pt")
+    words = (trained / "text.tokens").read_text().split()
+    (tmp_path / "shuffled").write_text(" ".join(words[3000:] + words[:3000]))
+    broken = v10.load(trained / "v7.best.pt")
+    broken["model"]["norm.weight"][3] = float("nan")
+    v10.save(tmp_path / "broken.pt", broken)
     names = {"ckpt": trained / "v7.best.pt", "text": trained / "text.tokens", "other": tmp_path / "other",
+             "last": trained / "v7.pt", "folder": tmp_path, "training": trained / "v7.jsonl",
+             "tied": trained / "v11.best.pt", "shuffled": tmp_path / "shuffled", "broken": tmp_path / "broken.pt",
              "short": tmp_path / "short", "bad": tmp_path / "bad.safetensors", "nan": tmp_path / "nan.pt",
              "flat": tmp_path / "flat.safetensors", "code": tmp_path / "code.pt"}
     flags = [flag.format(**names) for flag in flags]
     if flags[:1] in (["cut"], ["fit"], ["tune"]):
         if "--out" not in flags:
             flags += ["--out", str(tmp_path / "out.pt")]
-        flags += ["--log-file", str(tmp_path / "log.jsonl")]
+        if "--log-file" not in flags:
+            flags += ["--log-file", str(tmp_path / "log.jsonl")]
         if "--data-file" not in flags:
             flags += ["--data-file", str(trained / "text.tokens")]
+    before = {path: path.read_bytes() for folder in (trained, tmp_path) for path in folder.iterdir() if path.is_file()}
     assert compress.main(flags) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out.pt").exists()
+    assert {path: path.read_bytes() for folder in (trained, tmp_path) for path in folder.iterdir()} == before
     assert not (tmp_path / "log.jsonl").exists()

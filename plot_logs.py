@@ -279,6 +279,13 @@ def check_compression(record):
         for name in ("plain_increase", "loss_error"):
             if record.get(name) is not None:
                 numbers(record, name)
+        ranks, shapes = record.get("ranks"), record.get("shapes")
+        if not isinstance(ranks, dict) or not isinstance(shapes, dict) or ranks.keys() != shapes.keys() or not ranks:
+            raise ValueError("ranks and shapes should be of the same matrices")
+        for rank, shape in zip(ranks.values(), shapes.values(), strict=True):
+            if rank is not None and not is_number(rank, int) or not isinstance(shape, list) or len(shape) != 2 or (
+                    not all(is_number(side, int) and side > 0 for side in shape)):
+                raise ValueError("ranks should be whole numbers or null, and shapes two sides each")
     elif command == "compare":
         numbers(record, "loss_before")
         numbers(record.get("before"), "all")
@@ -1080,6 +1087,22 @@ def perplexity_figure(record):
     return figure
 
 
+def kept_figure(record):
+    """The rank that a cut leaves to each matrix, in the order of the model: block by block."""
+    names, sides = [*record["ranks"]], [min(shape) for shape in record["shapes"].values()]
+    figure, axes = plt.subplots(figsize=(7.5, min(100, 1.2 + 0.2 * len(names))), layout="constrained")
+    for i, (rank, side) in enumerate(zip(record["ranks"].values(), sides, strict=True)):
+        axes.barh(i, side if rank is None else rank, color="#BBBBBB" if rank is None else COLORS["cut"])
+        axes.annotate("not cut" if rank is None else str(rank), (side if rank is None else rank, i), (3, 0),
+                      textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), [label(plain(name)) for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="rank", title=f"{label(record['checkpoint'])}: ranks after {plain(record['command'])} "
+             f"{label(plain(record['target']))}")
+    return figure
+
+
 def spectra_figure(record):
     """The singular values of each matrix over its largest, against their number over the break-even rank."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -1099,6 +1122,9 @@ def spectra_figure(record):
 def figures(runs, x="epoch", report=False):
     """Yields (file name without its ending, figure), one after the other."""
     for log in (run for run in runs if isinstance(run, Compression)):
+        cuts = [record for record in log.records if record["command"] in ("cut", "fit")]
+        if cuts:
+            yield f"{log.name}_kept", kept_figure(cuts[-1])  # the last one
         for command, draw in (("compare", perplexity_figure), ("spectrum", spectra_figure)):
             for i, record in enumerate(record for record in log.records if record["command"] == command):
                 yield f"{log.name}_{command}{i + 1}", draw(record)

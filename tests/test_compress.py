@@ -333,7 +333,7 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
         assert f"{record['after']['all']:,}" in kept
         assert f"{record['loss']:.4f}" in kept
         assert ("Comparison" in out) == ("# v7" in out and "# v11" in out)
-        for name in ("log_compare1", "log_spectrum1"):
+        for name in ("log_compare1", "log_spectrum1", "log_kept"):
             assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
             assert name in (tmp_path / "figures" / "index.html").read_text()
 
@@ -341,11 +341,13 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
 @pytest.mark.parametrize(("change", "said"), [
     ({"loss": "low"}, "loss_before, loss should be numbers"), ({"command": "shrink"}, "an unknown command"),
     ({"metric": 3}, "metric and target should be text"), ({"after": {}}, "all, linear, ends should be numbers"),
-    ({"checkpoint": None}, "checkpoint should be text"), ({"kind": "epoch"}, "no epoch in it")])
+    ({"checkpoint": None}, "checkpoint should be text"), ({"ranks": {"0.q": 3}}, "of the same matrices"),
+    ({"ranks": {"0.q": 3, "0.k": "all"}}, "whole numbers or null"), ({"kind": "epoch"}, "no epoch in it")])
 def test_a_damaged_record_of_compress_is_told_in_one_line(tmp_path, capsys, change, said):
     sizes = {"all": 9, "linear": 5, "ends": 3}
     record = {"kind": "compress", "command": "cut", "checkpoint": "v7.pt", "metric": "fisher", "target": "--keep 0.5",
-              "loss_before": 5.0, "loss": 5.1, "before": sizes, "after": sizes}
+              "loss_before": 5.0, "loss": 5.1, "before": sizes, "after": sizes, "ranks": {"0.q": 3, "0.k": None},
+              "shapes": {"0.q": [8, 8], "0.k": [8, 8]}}
     (tmp_path / "log.jsonl").write_text(json.dumps(record | change) + "\n")
     code = plot_logs.main([str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err

@@ -100,6 +100,32 @@ def test_the_squared_error_of_a_cut_in_its_metric_is_the_discarded_tail(metric, 
             assert error == pytest.approx(matrix.tails[k], rel=1e-6, abs=1e-12 * matrix.tails[0]), (matrix.name, k)
 
 
+@pytest.mark.parametrize("metric", ["inputs", "fisher"])
+def test_the_error_of_a_tied_matrix_is_that_of_both_its_uses(metric):
+    model = small_model(tie_embeddings=True)
+    full, one = moments(model), torch.eye(C, dtype=torch.float64)
+    (as_word, G), (covariance, p) = full["embedding"], full["head"]
+    a, B = as_word.diag(), G
+    if metric == "inputs":
+        B, p = G.trace() / C * one, p.diag().mean() * torch.eye(WORDS, dtype=torch.float64)
+    a, B = compress.nearest_kronecker([(a, B), (p.diag(), covariance)])
+    B = B + v11.DAMPING * B.trace() / C * one if metric == "fisher" else one
+    *_, matrix = compress.matrices(model, metric, compress.measure(model, calibration(), seed=0), "ends")
+    for k in (1, 4):
+        U, V = matrix.factors(k, torch.Generator())
+        error = (root(B) @ (in_model(matrix) - U @ V) * a.sqrt()).square().sum().item()
+        assert error == pytest.approx(matrix.tails[k], rel=1e-6)
+
+
+def test_what_all_rows_of_the_head_share_does_not_count_in_the_fisher_metric():
+    model = small_model()
+    spectra = []
+    for shared in (0.0, 3.0):
+        model.head.weight.data += shared * torch.ones(C)
+        spectra.append(compress.matrices(model, "fisher", compress.measure(model, calibration(), 0), "ends")[1].squares)
+    assert relative(*spectra) < 1e-6
+
+
 @pytest.mark.parametrize("metric", compress.METRICS)
 def test_no_other_matrix_of_the_rank_has_a_smaller_error_in_the_metric(metric):
     model = small_model()
@@ -518,6 +544,15 @@ def test_fit_finds_the_smallest_model_within_the_loss_on_text_that_it_does_not_r
     tight, loose = records(log, "compress")
     assert loose["after"]["all"] < tight["after"]["all"] < tight["before"]["all"]
     assert tight["loss"] - tight["loss_before"] < loose["loss"] - loose["loss_before"] < 0.4
+
+
+def test_the_text_that_fit_decides_on_is_not_the_one_that_is_reported_on(trained):
+    args = argparse.Namespace(data_file=str(trained / "text.tokens"), val_fraction=None, min_count=None)
+    content, model = compress.load(str(trained / "v7.best.pt"))
+    text, corpus = compress.read_text(args, content, model.config), v10.load_corpus(trained / "text.tokens", 0.2, 16)
+    assert torch.equal(torch.cat([text.decide[:-1], text.report]), corpus.val)
+    assert torch.equal(text.train, corpus.train)
+    assert abs(len(text.decide) - len(text.report)) <= 2 * 16
 
 
 def test_what_is_cut_from_a_last_checkpoint_holds_a_model_and_no_run(trained, tmp_path):

@@ -525,6 +525,8 @@ def norms(study):
     """Spectron's claims about the norms of steps and weights."""
     rows = []
     for name, label in MEASURED.items():
+        if name not in study.groups:
+            continue  # those without decay came later
         first = Cell(measured(study, f"first_{name}", "update_norms", 0) if f"first_{name}" in study.groups else None,
                      ".4f")
         rows.append([label, first, *(Cell(measured(study, name, "update_norms", part), ".4f")
@@ -547,8 +549,7 @@ NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthe
           *(prefix + name for prefix in SETTINGS for name in NAMES)}
 ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dict.fromkeys((name, tied(name)))]
 NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
-NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, *MEASURED, "first_dense_adamw_tied", "first_rank64_adamw",
-                    "first_rank16_adamw"}
+NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
 NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
 

@@ -61,8 +61,11 @@ def test_both_dtypes_are_measured_if_both_are_native(monkeypatch, capsys):
     monkeypatch.setattr(v10, "bfloat16_speedup", lambda: 2.3)
     monkeypatch.setattr(bench, "measure", lambda args: {"rounds": [1], "measured": {
         "float32": {"step": 1.5}, "bfloat16": {"step": 1.7, "beside float32": 2.25}}[args.dtype]})
+    monkeypatch.setattr(bench, "truncated_svds", lambda *_: {"exact": (2.0, 1.0), "nystroem": (0.5, 2.25)})
     assert bench.main(["--device", "cpu", "--log-file", "/dev/null"]) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == [
+    *table, _, _, _, first, _ = capsys.readouterr().out.splitlines()
+    assert first == "| 33,277 x 512 at rank 64 | 1, 1.000 | 4, 2.250 |"
+    assert table[-4:] == [
         "| ratio | float32 | bfloat16 |", "|---|--:|--:|", "| step | 1.50 | 1.70 |",
         "| beside float32 | \N{EN DASH} | 2.25 |"]
 

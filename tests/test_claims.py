@@ -221,7 +221,7 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "dropout 0.1, 40 steps of warm-up, then a cosine",
      lambda: [STUDY.groups["tuned_dense"].first.settings[name] for name in ("dropout", "warmup_steps", "lr_schedule")]
      == [0.1, 40, "cosine"]),
-    ("README", "with seven tries each", lambda: len(results.TRIES) == 7),
+    ("README", "seven tries each", lambda: len(results.TRIES) == 7),
     ("RESULTS", "It is worth 0.05 nats to the dense model with AdamW, 0.17 with Muon, and 0.12 to rank 64 with "
      "Spectron",
      lambda: [round(worth_of_decay(arm), 2) for arm in ("dense_adamw", "dense_muon", "rank64_spectron")]
@@ -235,10 +235,10 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "At the very first step they are smaller than the dense ones",
      lambda: all(max(STUDY.values(f"first_{rank}_adamw", first_step)) < min(STUDY.values(
          "first_dense_adamw_tied", first_step)) for rank in ("rank64", "rank16"))),
-    ("RESULTS", "They are larger than AdamW's",
+    ("RESULTS", "In the first half of the run they are larger than AdamW's",
      lambda: all(fmean(results.measured(STUDY, f"{rank}_spectron", "update_norms", part)) > fmean(
          results.measured(STUDY, f"{rank}_adamw", "update_norms", part)) for rank in ("rank64", "rank16")
-         for part in (1 / 2, 7 / 8))),
+         for part in (1 / 8, 1 / 2))),
     ("RESULTS", "Holds, by 0.04 nats at rank 64 and 0.03 at rank 16",
      lambda: [round(-fmean(STUDY.differences(f"{rank}_spectron", f"{rank}_muon", last_loss)), 2)
               for rank in ("rank64", "rank16")] == [0.04, 0.03]),
@@ -263,6 +263,8 @@ def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
 
 def test_the_titles_of_the_figures_hold():
     assert in_both(lambda prefix: (place("adaptive", prefix), place("transport", prefix)) == (6, 3))
+    assert clearly("rank64_spectron", "dense_adamw_tied")
+    assert clearly("dense_muon_tied", "rank64_spectron")
     assert 0.28 < 1 - STUDY.mean("untrained", mean_rank) / 64 < 0.36, "ranks down by a third"
     for name, group in STUDY.groups.items():
         assert (None in STUDY.collapses(name)) == (not group.first.sees_targets), name

@@ -98,13 +98,14 @@ def test_a_crash_at_any_moment_changes_no_record(run, straight, monkeypatch, mom
     assert [record["kind"] for record in records(log)][0] == "run"
 
 
-def test_a_crash_between_the_first_record_and_its_checkpoint_can_be_resumed(run, straight, monkeypatch):
+@pytest.mark.parametrize(("call", "epochs"), [(2, 0), (3, 1)])  # that of the best checkpoint, and of the last
+def test_a_crash_at_the_first_epochs_checkpoints_can_be_resumed(run, straight, monkeypatch, call, epochs):
     expected = straight()
     with monkeypatch.context() as patch:
-        patch.setattr(v10, "save", at_call(2, v10.save, die))
+        patch.setattr(v10, "save", at_call(call, v10.save, die))
         with pytest.raises(Killed):
             run()
-    assert len(records(run.folder / "log.jsonl", "epoch")) == 1
+    assert len(records(run.folder / "log.jsonl", "epoch")) == epochs
     assert_same(run("--resume"), expected)
 
 
@@ -144,7 +145,8 @@ def test_a_crash_while_an_old_run_is_overwritten_leaves_something_to_resume(run,
     (signal.SIGINT, 130, "train_step", 7, 7), (signal.SIGTERM, 143, "train_step", 7, 7),
     (signal.SIGINT, 130, "evaluate", 2, 10), (signal.SIGTERM, 143, "update_ranks", 2, 6),
     (signal.SIGHUP, 129, "train_step", 7, 7), (signal.SIGUSR1, 138, "evaluate", 2, 10),
-    (signal.SIGUSR2, 140, "update_ranks", 2, 6), (signal.SIGTERM, 143, "save", 2, 6)])
+    (signal.SIGUSR2, 140, "update_ranks", 2, 6), (signal.SIGTERM, 143, "save", 2, 5),
+    (signal.SIGTERM, 143, "save", 3, 6)])
 def test_a_signal_saves_after_the_step_and_says_how_to_resume(run, straight, monkeypatch, capfd, number, code, moment,
                                                               call, step):
     flags = ["--rank-interval", 3, "--dropout", 0.1]

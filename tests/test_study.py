@@ -109,8 +109,10 @@ def test_a_run_that_fails_is_told_and_those_that_need_it_do_not_start(tiny, tmp_
     assert (tmp_path / "adaptive_s0.jsonl").read_text() == "my thesis\n"
 
 
-def test_the_commands_are_those_that_made_the_reference_logs():
+def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
     ours, compared = asked(REFERENCE, data_file="wiki.train.tokens", test_file="wiki.valid.tokens"), 0
+    words = records(REFERENCE / "dense_s0.jsonl", "run")[0]["vocab_size"]
+    monkeypatch.setattr(ours, "corpus", lambda: argparse.Namespace(vocabulary=["w"] * words))
     for run in [*ours.runs, *ours.later]:
         new = study.TUNING | study.CONTROLLED | study.BUDGETED | study.COMPRESSED
         if run.name in new and not ours.log(run.stem).exists():

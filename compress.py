@@ -125,13 +125,12 @@ class Matrix:
 
     def __post_init__(self):
         (m, r), n = self.U.shape, self.V.shape[1]
-        self.side, self.dense = m + n, m * n
+        self.side = m + n
         self.now = m * n if self.whole else r * self.side  # parameters
         # the highest rank that makes it smaller
-        self.limit = (self.dense - 1) // self.side if self.whole else min(r - 1, m, n)
-        directions = (v11.plain_directions(self.U, self.V) if self.fisher is None else
-                      v11.fisher_directions(self.U, self.fisher, self.damping))
-        s, self.A, self.B = directions
+        self.limit = (self.now - 1) // self.side if self.whole else min(r - 1, m, n)
+        s, self.A, self.B = (v11.plain_directions(self.U, self.V) if self.fisher is None else
+                             v11.fisher_directions(self.U, self.fisher, self.damping))
         self.squares = s.square()
         self.tails = [*self.squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # tails[k]: what rank k drops
 
@@ -145,47 +144,43 @@ class Matrix:
         return new_U, new_V
 
 
-def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str = "all",
-             damping: float = v11.DAMPING) -> list[Matrix]:
+def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str = "all") -> list[Matrix]:
     """The matrices that may be cut: those of the linear layers, of the ends (embedding and head), or all."""
-    found = []
-    damping = damping if metric == "fisher" else 0.0
+    found, m = [], None if metric == "plain" else measured
 
-    def add(name, kind, U, V, whole, H, D, g, shift=None):
-        fisher = None if metric == "plain" else v11.Fisher(H(V), D(U) if metric == "fisher" else U.mT @ U, g)
-        found.append(Matrix(name, kind, U, V, whole, fisher, damping, None if metric == "plain" else shift))
+    def add(name, kind, U, V, whole, fisher, shift=None):
+        if metric == "inputs":
+            fisher = fisher._replace(D=U.mT @ U)
+        found.append(Matrix(name, kind, U, V, whole, fisher, v11.DAMPING if metric == "fisher" else 0.0, shift))
 
     if only != "ends":
         for i, (name, layer) in enumerate(model.linears().items()):
-            U, V = (factor.double() for factor in layer.factors())
-            moments = measured.layers[i] if measured else None
-            add(name, "linear", U, V, layer.rank is None, lambda V, m=moments: m.H, lambda U, m=moments: m.D,
-                moments.g if measured else 0.0)
+            add(name, "linear", *(factor.double() for factor in layer.factors()), layer.rank is None, m and m.layers[i])
     if only == "linear":
         return found
-    e, h, m = model.token_embedding, model.head, measured
-    whole, one = not hasattr(e, "U"), torch.eye(model.config.d_model, dtype=torch.float64)
-    E = (one, e.weight.detach().cpu().double().mT) if whole else tuple(
+    e, h, C = model.token_embedding, model.head, model.config.d_model
+    whole, one = not hasattr(e, "U"), torch.eye(C, dtype=torch.float64)
+    U, V = (one, e.weight.detach().cpu().double().mT) if whole else (
         factor.detach().cpu().double().mT for factor in (e.V, e.U))  # (C, R), (R, V)
     if model.config.tie_embeddings:
-        a, B = None, one
+        fisher = None
         if m:
             uses = [(m.words, m.embedding_G), (m.p, m.covariance)]
             if metric == "inputs":  # each use with the mean of the other side
-                uses = [(m.words, m.embedding_G.trace() / len(one) * one), (m.p.mean().expand_as(m.p), m.covariance)]
+                uses = [(m.words, m.embedding_G.trace() / C * one), (m.p.mean().expand_as(m.p), m.covariance)]
             a, B = nearest_kronecker(uses)
-        add("embedding and head", "tied", *E, whole, lambda V: V * a @ V.mT, lambda U: U.mT @ B @ U,
-            B.trace().item() / len(B), m and m.mean)
+            fisher = v11.Fisher(V * a @ V.mT, U.mT @ B @ U, B.trace().item() / C)
+        add("embedding and head", "tied", U, V, whole, fisher, m and m.mean)
         return found
-    add("embedding", "embedding", *E, whole, lambda V: V * m.words @ V.mT, lambda U: U.mT @ m.embedding_G @ U,
-        m.embedding_G.trace().item() / len(one) if m else 0.0)
+    add("embedding", "embedding", U, V, whole, m and v11.Fisher(
+        V * m.words @ V.mT, U.mT @ m.embedding_G @ U, m.embedding_G.trace().item() / C))
     whole = not hasattr(h, "U")
-    U, V = (h.weight.detach().cpu().double(), one) if whole else (h.U.detach().cpu().double(),
-                                                                  h.V.detach().cpu().double())
+    U, V = (h.weight.detach().cpu().double(), one) if whole else (
+        factor.detach().cpu().double() for factor in (h.U, h.V))
     if metric == "fisher":
         U = U - (m.p @ U) / m.p.sum()
-    add("head", "head", U, V, whole, lambda V: V @ m.covariance @ V.mT, lambda U: (U.mT * m.p) @ U,
-        m.p.mean().item() if m else 0.0, m and m.mean)
+    add("head", "head", U, V, whole, m and v11.Fisher(V @ m.covariance @ V.mT, (U.mT * m.p) @ U, m.p.mean().item()),
+        m and m.mean)
     return found
 
 
@@ -194,14 +189,10 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
 def allocate(found: list[Matrix], budget: float) -> tuple[list[int | None], float]:
     """Ranks, None for a matrix that stays, of the smallest summed squared error within a budget of parameters ->
     (ranks, how far the sum may be above the smallest possible one). Exact by dynamic programming if that is small; else
-    by a price per parameter, and what is left of the budget is filled. Raises UserError if rank 1 is too much."""
+    by a price per parameter, and what is left of the budget is filled. The budget has room for rank 1 in all."""
     options = [matrix.options() for matrix in found]
     costs = [np.array([cost for _, cost, _ in of_matrix]) for of_matrix in options]
     errors = [np.array([error for *_, error in of_matrix]) for of_matrix in options]
-    least = sum(int(cost.min()) for cost in costs)
-    if budget < least:
-        raise UserError(f"the budget of {budget:,.0f} parameters is below {least:,}, which rank 1 needs in all "
-                        f"{len(found)} matrices")
     unit = reduce(math.gcd, (int(cost) for of_matrix in costs for cost in of_matrix))
     cells = int(min(budget, sum(int(cost.max()) for cost in costs)) // unit)
     if cells * sum(map(len, options)) <= 2e8 and cells * len(options) <= 5e7:
@@ -237,27 +228,27 @@ def priced_allocation(costs: list, errors: list, budget: float) -> tuple[list[in
     def picks_at(price):
         return [int(np.argmin(error + price * cost)) for cost, error in zip(costs, errors, strict=True)]
 
-    def total(values, picks):
+    def summed(values, picks):
         return float(sum(of_list[pick] for of_list, pick in zip(values, picks, strict=True)))
     low, high = 0.0, 1.0
-    while total(costs, picks_at(high)) > budget:
+    while summed(costs, picks_at(high)) > budget:
         high *= 2
     bound = -math.inf
     for _ in range(100):
         price = (low + high) / 2
         picks = picks_at(price)
-        bound = max(bound, total(errors, picks) + price * (total(costs, picks) - budget))  # of the dual problem
-        low, high = (price, high) if total(costs, picks) > budget else (low, price)
+        bound = max(bound, summed(errors, picks) + price * (summed(costs, picks) - budget))  # of the dual problem
+        low, high = (price, high) if summed(costs, picks) > budget else (low, price)
     picks = picks_at(high)
     while True:  # fill what is left, the best improvement per parameter first
-        left, best = budget - total(costs, picks), (0.0, None, None)
+        left, best = budget - summed(costs, picks), (0.0, None, None)
         for i, (cost, error) in enumerate(zip(costs, errors, strict=True)):
             more, gain = cost - cost[picks[i]], error[picks[i]] - error
             worth = np.where((more <= left) & (gain > 0), gain / np.maximum(more, 1e-9), 0.0)
             j = int(worth.argmax())
             best = max(best, (float(worth[j]), i, j), key=lambda offer: offer[0])
         if best[1] is None:
-            return picks, max(0.0, total(errors, picks) - bound)
+            return picks, max(0.0, summed(errors, picks) - bound)
         picks[best[1]] = best[2]
 
 
@@ -279,18 +270,29 @@ def kept(found: list[Matrix], ranks: list[int | None]) -> int:
     return sum(matrix.now if k is None else k * matrix.side for matrix, k in zip(found, ranks, strict=True))
 
 
+def total(found: list[Matrix]) -> int:
+    """The parameters of matrices as they are."""
+    return sum(matrix.now for matrix in found)
+
+
+def least(found: list[Matrix]) -> int:
+    """The parameters of matrices at rank 1, or as they are where that is fewer."""
+    return sum(min(matrix.side, matrix.now) for matrix in found)
+
+
 def ranks_within(found: list[Matrix], budget: float, how: str) -> tuple[list[int | None], float]:
     """Ranks within a budget of parameters: `global`, one budget for all (see allocate); `uniform` and `energy`, one
-    share for all, as high as the budget allows -> (ranks, the gap of allocate)."""
+    share for all, as high as the budget allows -> (ranks, the gap of allocate). Raises UserError if rank 1 in all
+    matrices is too much."""
+    if budget < least(found):
+        raise UserError(f"the budget of {budget:,.0f} parameters is below {least(found):,}, which rank 1 needs in all "
+                        f"{len(found)} matrices")
     if how == "global":
         return allocate(found, budget)
     rule = {"uniform": uniform_ranks, "energy": energy_ranks}[how]
     low, high = 0.0, 1.0
     if kept(found, rule(found, high)) <= budget:
         return rule(found, high), 0.0
-    if kept(found, rule(found, low)) > budget:
-        raise UserError(f"the budget of {budget:,.0f} parameters is below what rank 1 needs in all {len(found)} "
-                        "matrices")
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(found, rule(found, middle)) <= budget else (low, middle)
@@ -340,18 +342,14 @@ def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[in
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 def block_losses(model: v10.GPT, tokens: Tensor) -> list[tuple[float, int]]:
-    """The loss of each block of tokens (N,), as v10.evaluate cuts them -> [(mean loss, tokens)]. Raises TrainingError
-    if it is not finite."""
-    T, words = model.config.block_size, model.config.vocab_size
-    full, n = (len(tokens) - 1) // T * T, max(1, v10.LOGITS_BYTES // (8 * T * words))
-    batches = [*zip(tokens[:full].view(-1, T).split(n), tokens[1:full + 1].view(-1, T).split(n), strict=True),
-               (tokens[None, full:-1], tokens[None, full + 1:])]
-    found = []
+    """The loss of each block of tokens (N,), as v10.held_out_batches cuts them -> [(mean loss, tokens)]. Raises
+    TrainingError if it is not finite."""
+    T, found = model.config.block_size, []
     with v10.evaluation_mode(model):
-        for inputs, targets in batches:
-            if targets.numel():
-                losses = F.cross_entropy(model(inputs).mT, targets, reduction="none")  # (B, T)
-                found += [(loss, targets.shape[1]) for loss in losses.mean(1).tolist()]
+        for inputs, targets in v10.held_out_batches(
+                tokens, T, batch_size=max(1, v10.LOGITS_BYTES // (8 * T * model.config.vocab_size))):
+            losses = F.cross_entropy(model(inputs).mT, targets, reduction="none")  # (B, T)
+            found += [(loss, targets.shape[1]) for loss in losses.mean(1).tolist()]
     if not math.isfinite(mean_loss(found)):
         raise v10.TrainingError("the loss is not finite")
     return found
@@ -400,7 +398,7 @@ def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) ->
     if not name:
         raise UserError(f"{args.checkpoint} does not say which text it was trained on: --data-file TEXT names it, "
                         "--val-fraction and --min-count how it was read")
-    path = next((path for path in (Path(name), v10.HERE / "data" / name) if path.exists()), None)
+    path = v10.existing_data(name)
     if path is None:
         raise UserError(f"there is no {name}, the text that {args.checkpoint} was trained on: --data-file names it")
     how = {}
@@ -475,20 +473,10 @@ class Job:
 NOTHING = "nothing becomes smaller: every matrix would need more parameters as factors"
 
 
-def total(found: list[Matrix]) -> int:
-    """The parameters of matrices as they are."""
-    return sum(matrix.now for matrix in found)
-
-
 def sizes(model: v10.GPT) -> dict:
     """Parameters: in all, in the linear layers, in embedding and head with its bias."""
     ends = v10.count_parameters(torch.nn.ModuleList([model.token_embedding, model.head]))
     return {"all": v10.count_parameters(model), "linear": v10.count_parameters(*model.linears().values()), "ends": ends}
-
-
-def of_perplexity(increase):
-    """By how much the perplexity grows with the loss, as a share."""
-    return math.expm1(min(increase, 700))
 
 
 def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
@@ -516,7 +504,7 @@ def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
              ("loss", f"{mean_loss(before):.4f}", f"{mean_loss(after):.4f}", f"{increase:+.4f}" + (
                  f" \N{PLUS-MINUS SIGN} {error:.4f}" if error is not None else "")),
              ("perplexity", f"{v10.perplexity(mean_loss(before)):,.1f}", f"{v10.perplexity(mean_loss(after)):,.1f}",
-              f"{of_perplexity(increase):+.1%}")]
+              f"{v10.perplexity(increase) - 1:+.1%}")]
     if plain is not None:
         rows.append(("plain SVD of this size, uniform", "", f"{mean_loss(before) + plain:.4f}", f"{plain:+.4f}"))
     if args.metric == "fisher":
@@ -581,8 +569,7 @@ def fit(args):
         tried[keep] = mean_loss(job.losses(args.metric, ranks, job.text.decide)) - mean_loss(start), ranks, gap
         return tried[keep][0] <= args.loss
 
-    least = sum(min(matrix.side, matrix.now) for matrix in found) / total(found)  # rank 1
-    low, high = min(1.0, 1.001 * least), 1.0
+    low, high = min(1.0, 1.001 * least(found) / total(found)), 1.0
     with tqdm(total=args.evaluations, unit="cut", disable=None) as bar:
         for number in range(args.evaluations):
             keep = (low * high) ** 0.5 if number else low
@@ -610,8 +597,7 @@ def compare(args):
     job = Job(args)
     plain, before = job.matrices("plain"), mean_loss(job.before)
     everything, rest = total(plain), v10.count_parameters(job.model) - total(plain)
-    least = sum(min(matrix.side, matrix.now) for matrix in plain)  # rank 1
-    rows = [{"keep": keep, "cuts": {}} for keep in SHARES if keep * everything >= least]
+    rows = [{"keep": keep, "cuts": {}} for keep in SHARES if keep * everything >= least(plain)]
     if not rows:
         raise UserError(f"{args.checkpoint} is too small: rank 1 in all matrices is more than {SHARES[0]:.0%} of them")
     with tqdm(total=len(rows) * 2 * len(METRICS), unit="cut", disable=None) as bar:
@@ -659,8 +645,7 @@ class LoRA(torch.nn.Module):
             return self.layer
         U, V = torch.cat([self.layer.U.detach(), B], 1), torch.cat([self.layer.V.detach(), A])
         if len(V) > min(self.layer.shape):
-            P, S, Qt = torch.linalg.svd(U @ V, full_matrices=False)
-            U, V = P * S.sqrt(), S.sqrt()[:, None] * Qt
+            U, V = v10.dense_factors(U @ V, min(self.layer.shape))
         self.layer.set_factors(U, V)
         return self.layer
 

@@ -659,7 +659,7 @@ def compression_tables(log):
              f"{record['after']['linear']:,}",
              f"{record['after']['linear'] / record['before']['linear']:.1%}", f"{record['loss']:.4f}",
              marked(record["loss"] - record["loss_before"], record.get("loss_error")),
-             f"{math.expm1(min(record['loss'] - record['loss_before'], 700)):+.1%}",
+             f"{perplexity(record['loss'] - record['loss_before']) - 1:+.1%}",
              Cell(record.get("plain_increase"), "+.4f")] for record in cuts])
     for i, record in enumerate(record for record in log.records if record["command"] == "compare"):
         names = [*record["rows"][0]["cuts"]]
@@ -1061,6 +1061,14 @@ def report_figure(run):
     return figure
 
 
+def plain_ticks(axes, *values):
+    """On a logarithmic x axis, these ticks as far as they lie on it."""
+    low, high = axes.get_xlim()
+    shown = [value for value in values if low <= value <= high]
+    axes.set_xticks(shown, [f"{value:g}" for value in shown])
+    axes.minorticks_off()
+
+
 def perplexity_figure(record):
     """Perplexity against parameters of a comparison by compress.py, the uncut model as the last point."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -1076,8 +1084,7 @@ def perplexity_figure(record):
     axes.plot(record["before"]["all"] / 1e6, before, "k*", markersize=10, label=" not cut")
     axes.set(xscale="log", yscale="log", xlabel="million parameters, all", ylabel="perplexity",
              title=f"{label(record['checkpoint'])}: what cuts cost")
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    plain_ticks(axes, 0.5, 1, 2, 5, 10, 20, 50, 100)
     low, high = axes.get_ylim()
     marks = [mark * 10**power for power in range(9) for mark in (1, 1.5, 2, 3, 4, 5, 7)]
     marks = [mark for mark in marks if low <= mark <= high]

@@ -590,14 +590,6 @@ def leak_figure(study):
     return figure
 
 
-def plain_ticks(axes, *values):
-    """On a logarithmic x axis, these ticks as far as they lie on it."""
-    low, high = axes.get_xlim()
-    shown = [value for value in values if low <= value <= high]
-    axes.set_xticks(shown, [f"{value:g}" for value in shown])
-    axes.minorticks_off()
-
-
 OFFSETS = {"dense": (-8, 0), "fixed": (8, 3), "adaptive": (13, 1), "transport": (-1, -15), "fixed_mean": (-12, 5),
            "retrained": (-8, -5)}  # of a point's label, in printer's points
 
@@ -623,7 +615,7 @@ def comparison_figure(study):
         axes.set(xscale="log", xlabel="million parameters in the linear layers", title=f"With {settings}")
         if study.is_reference:  # room for the labels
             axes.set_xlim(0.06, 4)
-            plain_ticks(axes, 0.1, 0.3, 1, 3)
+            plot_logs.plain_ticks(axes, 0.1, 0.3, 1, 3)
     panels[0].set_ylabel("validation loss (nats per token)")
     figure.suptitle("By best loss the report's default is last, and third with AdamW's state carried through resizes"
                     if study.is_reference else "Validation loss against parameters", fontsize=11)
@@ -682,44 +674,33 @@ def telemetry_figure(study):
     return plot_logs.telemetry_figure(groups)
 
 
-def steps_figure(study):
-    """Validation loss against parameters in the linear layers, with a tied head."""
+def draw_arms(study, labels, title):
+    """The last validation loss of each arm, {name: label}, against the parameters in its linear layers."""
     figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, label in STEPS.items():
-        if name.endswith("_equal_flop"):
-            continue
-        losses, at = study.values(tied(name), last_loss), study.mean(tied(name), linear_parameters)
-        color = plot_logs.COLORS[study.groups[tied(name)].first.family]
+    for name, label in labels.items():
+        losses, at = study.values(name, last_loss), study.mean(name, linear_parameters)
+        color, left = plot_logs.COLORS[study.groups[name].first.family], at > 2
         axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
-        left = name.startswith("dense")
         axes.annotate(label, (at, fmean(losses)), (-8 if left else 8, 0), textcoords="offset points", va="center",
                       ha="right" if left else "left", color=color)
     axes.set(xscale="log", xlabel="million parameters in the linear layers",
-             ylabel="last validation loss (nats per token)",
-             title="Rank 64 with Spectron beats the dense model with AdamW, not the one with Muon" if study.is_reference
-             else "How the linear layers are stepped")
-    plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
+             ylabel="last validation loss (nats per token)", title=title)
+    plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
     axes.annotate("mean of the seeds, and two standard errors", (1, 0), xycoords="axes fraction", xytext=(-4, 4),
                   textcoords="offset points", ha="right", fontsize=8, color="#444444")
     return figure
+
+
+def steps_figure(study):
+    """How the linear layers are stepped, with a tied head."""
+    return draw_arms(study, {tied(name): label for name, label in STEPS.items() if not name.endswith("_equal_flop")},
+                     "Rank 64 with Spectron beats the dense model with AdamW, not the one with Muon"
+                     if study.is_reference else "How the linear layers are stepped")
 
 
 def budget_figure(study):
-    """Validation loss against parameters in the linear layers: v11 and what it competes with."""
-    figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for name, label in BUDGETED.items():
-        losses, at = study.values(name, last_loss), study.mean(name, linear_parameters)
-        color = plot_logs.COLORS[study.groups[name].first.family]
-        axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
-        left = at > 2
-        axes.annotate(label, (at, fmean(losses)), (-8 if left else 8, 0), textcoords="offset points", va="center",
-                      ha="right" if left else "left", color=color)
-    axes.set(xscale="log", xlabel="million parameters in the linear layers",
-             ylabel="last validation loss (nats per token)", title="Validation loss against parameters")
-    plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
-    axes.annotate("mean of the seeds, and two standard errors", (1, 0), xycoords="axes fraction", xytext=(-4, 4),
-                  textcoords="offset points", ha="right", fontsize=8, color="#444444")
-    return figure
+    """v11 and what it competes with."""
+    return draw_arms(study, BUDGETED, "Validation loss against parameters")
 
 
 def compressed_figure(study):
@@ -738,7 +719,7 @@ def compressed_figure(study):
         axes.plot(seeds[0]["before"]["all"] / 1e6, fmean(seed["loss_before"] for seed in seeds), "*", markersize=11,
                   color=color, label=f"{label}, not cut")
     axes.set(xscale="log", xlabel="million parameters, all", ylabel="loss on the second half of the held-out text")
-    plain_ticks(axes, 0.3, 0.5, 1, 2, 3, 5)
+    plot_logs.plain_ticks(axes, 0.3, 0.5, 1, 2, 3, 5)
     axes.legend(fontsize=8)
     axes.set_title("Trained models, cut: embedding, head and linear layers under one budget")
     return figure

@@ -299,7 +299,7 @@ class Study:
         """Make the small size's text, and count on it. Raises UserError if the folder has runs of another size or text,
         or if there is no text."""
         for name in (self.args.data_file, *([self.args.test_file] if self.args.test_file else [])):
-            if not any(path.exists() for path in (Path(name), v10.HERE / "data" / name)):
+            if not v10.existing_data(name):
                 raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
         for run in (run for run in [*self.runs, *self.later] if "{size}" in COMMANDS[run.name]):
             for record in self.records(run.stem, "run"):
@@ -344,17 +344,24 @@ class Study:
         data = command[command.index("--data-file") + 1]
         if self.unprobed(run):
             probe(log, v10.find_data(data), self.log("probes"), run)
-        names = {name: shlex.quote(str(log.with_suffix(f".{kind}.pt")))
-                 for name, kind in (("model", "best"), ("cut", "cut"), ("tuned", "tuned"))}
-        names |= {f"width_over_{part}": self.defaults.d_model // part for part in (16, 8, 4, 2)}
-        for compression in self.uncompressed(run):
-            text = shlex.join(["--data-file", data, "--seed", str(run.seed)])
-            words = shlex.split(compression.format(**names, text=text))
-            if self.execute(run, [sys.executable, str(v10.HERE / "compress.py"), *words, "--log-file",
-                                  str(self.log(f"compress/{run.stem}"))]):
-                return
+        if self.uncompressed(run) and self.compress(run, data):
+            return
         for kind in (".pt", ".prev.pt", ".best.pt", ".cut.pt", ".tuned.pt", ".txt"):
             log.with_suffix(kind).unlink(missing_ok=True)
+
+    def compress(self, run, data):
+        """Do with a run's model what compress.py has still to do -> the exit code of the last command."""
+        names = {name: shlex.quote(str(self.log(run.stem).with_suffix(f".{kind}.pt")))
+                 for name, kind in (("model", "best"), ("cut", "cut"), ("tuned", "tuned"))}
+        names |= {f"width_over_{part}": self.defaults.d_model // part for part in (16, 8, 4, 2)}
+        names["text"] = shlex.join(["--data-file", data, "--seed", str(run.seed)])
+        for compression in self.uncompressed(run):
+            code = self.execute(run, [sys.executable, str(v10.HERE / "compress.py"),
+                                      *shlex.split(compression.format(**names)), "--log-file",
+                                      str(self.log(f"compress/{run.stem}"))])
+            if code:
+                return code
+        return 0
 
     def execute(self, run, command):
         """Run a command to its end, its screen in a file beside the log -> its exit code."""

@@ -120,6 +120,12 @@ def balanced_factors(U: Tensor, V: Tensor, P: Tensor, S: Tensor, Qt: Tensor) -> 
     return new_U, new_V, V @ new_V.mT / S, new_U.mT @ U / S[:, None]
 
 
+def dense_factors(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best approximation U V of rank k of a dense W (m, n), its singular values evenly split."""
+    P, S, Qt = torch.linalg.svd(W, full_matrices=False)
+    return P[:, :k] * S[:k].sqrt(), S[:k].sqrt()[:, None] * Qt[:k]
+
+
 def resize_factors(U: Tensor, V: Tensor, k: int, generator: torch.Generator, svd: tuple | None = None) -> tuple:
     """Factors of rank k for W = U V (report 2.4) -> (U' (m, k), V' (k, n), A (r, k), B (k, r), carried).
 
@@ -744,15 +750,20 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
+def held_out_batches(tokens: Tensor, block_size: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """tokens (N,) as inputs and targets (B, T): contiguous blocks, the last one at its own length (padding would be
+    seen by an unmasked model), every token but the first a target once."""
+    full = (len(tokens) - 1) // block_size * block_size
+    inputs, targets = (tokens[i:i + full].view(-1, block_size).split(batch_size) for i in (0, 1))
+    batches = [*zip(inputs, targets, strict=True), (tokens[None, full:-1], tokens[None, full + 1:])]
+    return [(x, y) for x, y in batches if y.numel()]
+
+
 def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
-    """The loss over a fixed, full pass of tokens (N,): contiguous blocks, the last one at its own length (padding would
-    be seen by an unmasked model), every token but the first predicted once. The processes share the batches."""
-    T = model.config.block_size
-    full = (len(tokens) - 1) // T * T
-    batches = list(zip(tokens[:full].view(-1, T).split(batch_size), tokens[1:full + 1].view(-1, T).split(batch_size),
-                       strict=True)) + [(tokens[None, full:-1], tokens[None, full + 1:])]
+    """The loss over a fixed, full pass of tokens (N,), see held_out_batches. The processes share the batches."""
+    batches = held_out_batches(tokens, model.config.block_size, batch_size)
     with evaluation_mode(model):
-        losses = [(model(x, y), y.numel()) for x, y in batches[process_index()::process_count()] if y.numel()]
+        losses = [(model(x, y), y.numel()) for x, y in batches[process_index()::process_count()]]
     return sum(gather(sum(loss.item() * n for loss, n in losses))) / (len(tokens) - 1)
 
 
@@ -1573,10 +1584,15 @@ def read_records(path, start=0):
     return [record for record in records if isinstance(record, dict)]
 
 
+def existing_data(name: str) -> Path | None:
+    """The path of a data file: a bare name that is not found here is looked for in data/. None if there is none."""
+    return next((path for path in (Path(name), HERE / "data" / name) if path.exists()), None)
+
+
 def find_data(name: str) -> Path:
-    """The path of a data file: a bare name that is not found here is looked for in data/. If the default text is
-    missing, the committed synthetic corpus stands in, loudly, so that a fresh clone trains."""
-    path = next((path for path in (Path(name), HERE / "data" / name) if path.exists()), Path(name))
+    """existing_data, or the name as it is. If the default text is missing, the committed synthetic corpus stands in,
+    loudly, so that a fresh clone trains."""
+    path = existing_data(name) or Path(name)
     if not path.exists() and name == DEFAULT_DATA:
         say(f"*** There is no {name}: TRAINING ON THE SYNTHETIC CORPUS data/synthetic.tokens INSTEAD.\n"
             "*** For WikiText-2, run `make data` (or python3 data/wikitext2.py) and start again.")
@@ -1750,8 +1766,7 @@ def start_from(content: dict, variant: Variant, dropout: float) -> GPT:
         if new.rank is None:
             new.weight.data = torch.matmul(*old.factors())
         elif old.rank is None:
-            P, S, Qt = torch.linalg.svd(old.weight.detach(), full_matrices=False)
-            new.set_factors(P * S.sqrt(), S.sqrt()[:, None] * Qt)
+            new.set_factors(*dense_factors(old.weight.detach(), new.rank))
     return model
 
 

@@ -539,9 +539,7 @@ class LowRankSpectron(v10.Variant):
 def set_spectral(layer, W):
     """Make U V the best approximation of W (m, n) at the layer's rank, its singular values evenly split (spectral
     initialisation: Khodak et al., 2021, and Spectron's code)."""
-    P, S, Qt = torch.linalg.svd(W.detach(), full_matrices=False)
-    k = layer.rank
-    layer.set_factors(P[:, :k] * S[:k].sqrt(), S[:k].sqrt()[:, None] * Qt[:k])
+    layer.set_factors(*v10.dense_factors(W.detach(), layer.rank))
 
 
 def main(argv=None):

@@ -168,7 +168,7 @@ def truncated_svds(m, n, k, generator):
     for way in (exact, gram, randomised, nystroem):
         began = time.perf_counter()
         U, V = way()
-        found[way.__name__] = time.perf_counter() - began, ((W - U @ V).norm() / least).item()
+        found[way.__name__] = time.perf_counter() - began, ((W - U @ V).double().norm() / least).item()
     return found
 
 

@@ -1,4 +1,5 @@
 """What README.md and RESULTS.md say of the study: each claim is a phrase of a page, and what must hold in the logs."""
+import json
 from statistics import fmean, median
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT
 from results import best_loss, last_loss, linear_parameters, mean_rank
 
 STUDY = results.Study(results.REFERENCE)
+BENCH = json.loads((ROOT / "logs" / "reference" / "bench.json").read_text())
 MEAN = {name: fmean(map(best_loss, group.runs)) for name, group in STUDY.groups.items()}
 
 
@@ -74,13 +76,13 @@ def by(lower, higher, value=last_loss):
     return f"{fmean(differences):.3f} \N{PLUS-MINUS SIGN} {results.standard_error(differences):.3f}"
 
 
-def step_ratios(arm, of_layers, since):
+def step_ratios(arm, of_layers, since, against="dense_adamw_tied"):
     """By how much the steps of W of an arm exceed the dense model's, from the last step of an epoch on: `of_layers` is
     median or max."""
     ratios = []
     for i in range(since, 15):  # the 16th is the end of the cosine, where nothing moves
         ours, dense = (fmean(STUDY.values(name, lambda run, i=i: of_layers(run.epochs[i]["update_norms"])))
-                       for name in (arm, "dense_adamw_tied"))
+                       for name in (arm, against))
         ratios.append(ours / dense)
     return f"{min(ratios):.1f} to {max(ratios):.1f}"
 
@@ -112,9 +114,12 @@ SENTENCES = [  # of RESULTS.md's section on v11, their numbers computed here
             f"higher), and rank 16 overfits: its last loss is {by('rank16_spectron', 'rank16_spectron_equal_flop')} "
             "higher.",
     lambda: f"the median layer's step at rank 64 is {step_ratios('rank64_adamw', median, since=1)} times the dense "
-            f"one, and the largest layer's {step_ratios('rank64_adamw', max, since=0)} times.",
+            f"one, and the largest layer's {step_ratios('rank64_adamw', max, since=0)} times; with next to no decay "
+            f"{step_ratios('undecayed_rank64_adamw', median, 1, 'undecayed_dense_adamw_tied')} and "
+            f"{step_ratios('undecayed_rank64_adamw', max, 0, 'undecayed_dense_adamw_tied')} times.",
     lambda: f"those of AdamW fall, at rank 64 from {weight_norm('rank64_adamw', 1)} after two epochs to "
-            f"{weight_norm('rank64_adamw', 15)} at the end.",
+            f"{weight_norm('rank64_adamw', 15)} at the end; with next to no decay from "
+            f"{weight_norm('undecayed_rank64_adamw', 1)} to {weight_norm('undecayed_rank64_adamw', 15)}.",
     lambda: f"the largest is {largest_share_of_eta():.2f} of the eta of its step",
 ]
 IN_README = [
@@ -122,6 +127,17 @@ IN_README = [
             f"model with AdamW and {by('dense_muon', 'rank64_spectron')} above the one with Muon; without Spectron, "
             f"with AdamW, it ends {by('dense_adamw', 'rank64_adamw')} above the first.",
 ]
+
+
+def measured(name):
+    """[the median of a ratio of bench.py's, for float32 and bfloat16]"""
+    return [found["measured"][name]["median"] for found in BENCH["dtypes"].values()]
+
+
+def large_product(dtype):
+    return median(times["floor"]["seconds"] for times in BENCH["dtypes"][dtype]["rounds"][1:])
+
+
 def clearly(lower, higher):
     """The loss of one arm is below the other's by more than two standard errors of the paired difference."""
     differences = STUDY.differences(higher, lower, last_loss)
@@ -242,6 +258,18 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "Holds, by 0.04 nats at rank 64 and 0.03 at rank 16",
      lambda: [round(-fmean(STUDY.differences(f"{rank}_spectron", f"{rank}_muon", last_loss)), 2)
               for rank in ("rank64", "rank16")] == [0.04, 0.03]),
+    ("RESULTS", "takes 1.00 times as long as with AdamW in float32, and 1.03 times in bfloat16",
+     lambda: [f"{ratio:.2f}" for ratio in measured("step time of v10 with v11's optimizer / with AdamW")]
+     == ["1.00", "1.03"]),
+    ("RESULTS", "a large product is 2.3 times as fast in bfloat16",
+     lambda: round(large_product("float32") / large_product("bfloat16"), 1) == 2.3),
+    ("RESULTS", "reads and writes twice as fast as the dense one, or more",
+     lambda: all(round(ratio) >= 2 for name in ("evaluate", "generate")
+                 for ratio in measured(f"time to {name} with v7 / with v7 cut to a quarter"))),
+    ("RESULTS", "come within 0.2% of the least error, 25 times as fast for a large square matrix",
+     lambda: all(found["randomised"][1] < 1.0025 for found in BENCH["svds"].values())
+     and round(BENCH["svds"]["4,096 x 4,096 at rank 128"]["exact"][0]
+               / BENCH["svds"]["4,096 x 4,096 at rank 128"]["randomised"][0]) in (24, 25)),
     ("RESULTS", "Holds for rank 64 against AdamW; not against Muon, and not for rank 16",
      lambda: clearly("rank64_spectron_equal_flop", "dense_adamw") and not clearly(
          "rank64_spectron_equal_flop", "dense_muon") and not clearly("rank16_spectron_equal_flop", "dense_adamw")),

@@ -407,7 +407,8 @@ def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) ->
         if given is not None and given != noted.get(key, given):
             raise UserError(f"--{key.replace('_', '-')} was {noted[key]} in the run of {args.checkpoint}, not {given}")
         how[key] = given or noted.get(key, default)
-    corpus = v10.load_corpus(path, how["val_fraction"], T, config.tokenize, how["min_count"])
+    corpus = v10.load_corpus(path, how["val_fraction"], T, config.tokenize, how["min_count"],
+                             config.vocab_size if config.tokenize == "numbers" else None, noted.get("val_tokens"))
     if corpus.vocabulary != content["vocabulary"]:
         raise UserError(f"{path} has another vocabulary than {args.checkpoint}: {len(corpus.vocabulary):,} words, not "
                         f"{len(content['vocabulary']):,}; --data-file, --val-fraction and --min-count have to be those "
@@ -418,18 +419,14 @@ def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) ->
     return Text(path, corpus.train, corpus.val[:half + 1], corpus.val[half:])
 
 
-def read_tokens(path: str, config: v10.GPTConfig, vocabulary: list[str]) -> Tensor:
-    """Another text, in the words of a model."""
-    return v10.encode(v10.read_words(Path(path), config.tokenize)[0], vocabulary)
-
-
 def read_calibration(args, text, config, vocabulary):
     """-> (tokens (N,), in whole blocks; where they are from). Raises UserError if they are fewer than a block."""
     T = config.block_size
     if not args.calibration:
         windows, _ = v10.sample_batch(text.train, max(1, args.tokens // T), T, v11.seeded(args.seed, 0))
         return windows.flatten(), f"training tokens of {text.path.name}"
-    tokens, name = read_tokens(args.calibration, config, vocabulary)[:max(args.tokens, T)], Path(args.calibration).name
+    tokens = v10.read_tokens(Path(args.calibration), config.tokenize, vocabulary)[:max(args.tokens, T)]
+    name = Path(args.calibration).name
     if len(tokens) < T:
         raise UserError(f"{args.calibration} gives {len(tokens):,} calibration tokens, and a block needs {T:,}")
     n = min(T, 32)
@@ -702,7 +699,8 @@ def tune(args):
     if (whole["vocabulary"], uncut_model.config) != (content["vocabulary"], model.config):
         raise UserError(f"{args.checkpoint} was not cut from {uncut}: sizes or vocabulary differ")
     if args.on:
-        tokens, T = read_tokens(args.on, model.config, content["vocabulary"]), model.config.block_size
+        tokens = v10.read_tokens(Path(args.on), model.config.tokenize, content["vocabulary"])
+        T = model.config.block_size
         part = len(tokens) * 4 // 5
         if min(part, len(tokens) - part) <= T:
             raise UserError(f"{args.on} gives {len(tokens):,} tokens; a fifth of them, held out, should be more than "

@@ -367,7 +367,8 @@ OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command",
 
 
 SINCE = {"tokenize": "words", "min_count": 1, "tie_embeddings": False, "share_layers": False, "optimizer": "adamw",
-         "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0, "init_from": None}  # not in older logs
+         "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0, "init_from": None,
+         "one_pass": False}  # not in older logs
 
 
 @dataclass

@@ -39,12 +39,15 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -567,7 +570,7 @@ class TrainingError(RuntimeError):
 ADVICE = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if training diverges
 
 
-# ---- Data: whitespace tokens, a sorted vocabulary, the last part held out --------------------------------------------
+# ---- Data: a text, or a file of tokens; the last part is held out ----------------------------------------------------
 
 def read_words(path: Path, tokenize: str = "words") -> tuple[list[str], str]:
     """-> (the text's words, characters or bytes, SHA-256 of the file): whitespace-separated words, or each character
@@ -594,54 +597,212 @@ def encode(words: list[str], vocabulary: list[str]) -> Tensor:
     tokens = [index.get(word, unknown) for word in words]
     if unknown is None and None in tokens:
         word = words[tokens.index(None)]
-        raise UserError(f"{word[:40]!r} is not in the training vocabulary, which has no <unk> for it")
+        raise UserError(f"{str(word)[:40]!r} is not in the training vocabulary, which has no <unk> for it")
     return torch.tensor(tokens, dtype=torch.long)
+
+
+class TokenFile:
+    """Tokens (N,) that stay in their file: indexing reads some of them, as an ordinary tensor (int64). Raises UserError
+    for one beyond the vocabulary."""
+
+    device, is_cuda = torch.device("cpu"), False
+
+    def __init__(self, path: Path, dtype: str, vocab_size: int, offset: int = 0):
+        self.path, self.vocab_size, self.tokens = path, vocab_size, np.memmap(path, dtype, "r", offset)
+
+    def part(self, start, stop):
+        part = copy(self)
+        part.tokens = self.tokens[start:stop]
+        return part
+
+    def to(self, device):
+        return self
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, where):
+        where = where.numpy() if isinstance(where, Tensor) else where
+        tokens = torch.from_numpy(self.tokens[where].astype(np.int64))
+        if tokens.numel() and tokens.max() >= self.vocab_size:
+            raise UserError(f"{self.path} has the token {tokens.max():,}, beyond its vocabulary of {self.vocab_size:,}")
+        return tokens
 
 
 class Corpus(NamedTuple):
     """A text, ready for training."""
 
-    train: Tensor  # tokens (N,)
-    val: Tensor  # tokens (N,)
-    vocabulary: list[str]  # sorted
-    sha256: str  # of the file
+    train: Tensor | TokenFile  # tokens (N,)
+    val: Tensor | TokenFile  # tokens (N,)
+    vocabulary: list  # sorted words, or the numbers of tokens whose words are not known
+    sha256: str  # of the text
     entropy_floor: float | None  # the loss of the true generator, if the text is synthetic
+    tokenize: str  # what a token is
 
 
-def load_corpus(path: Path, val_fraction: float, block_size: int, tokenize: str = "words",
-                min_count: int = 1) -> Corpus:
-    """A text file -> Corpus. Words that occur fewer than min_count times in the file become <unk>.
+def load_corpus(path: Path, val_fraction: float, block_size: int, tokenize: str = "words", min_count: int = 1,
+                vocab_size: int | None = None, val_tokens: int | None = None) -> Corpus:
+    """A text, or tokens as data/prepare.py, nanoGPT or modded-nanogpt write them -> Corpus. Words that occur fewer than
+    min_count times in a text become <unk>. Tokens without a vocabulary need its size. No more than val_tokens validate.
 
     Raises UserError if a part is shorter than a block and its last target.
     """
-    words, sha256 = read_words(path, tokenize)
-    if min_count > 1:
-        count = Counter(words)
-        words = [word if count[word] >= min_count else "<unk>" for word in words]
-    vocabulary = sorted(set(words))
-    train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
-    hint = ", or --tokenize chars if it has no spaces" if tokenize == "words" else ""
-    for name, tokens in (("training", train), ("validation", val)):
+    if holds_tokens(path):
+        corpus = read_token_files(path, val_fraction, vocab_size)
+    elif vocab_size:
+        raise UserError(f"--vocab-size is for tokens without a vocabulary, and {path} is not a file of them: it would "
+                        "begin with modded-nanogpt's header; nanoGPT's train.bin and val.bin go by the name of their "
+                        "folder")
+    else:
+        words, sha256 = read_words(path, tokenize)
+        if min_count > 1:
+            count = Counter(words)
+            words = [word if count[word] >= min_count else "<unk>" for word in words]
+        vocabulary = sorted(set(words))
+        train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
+        known = (sha256, val_fraction, tokenize, min_count)
+        floor = entropy_floor(lambda: json.loads(path.with_suffix(".json").read_text(encoding="utf-8")),
+                              lambda sidecar: known == (sidecar["sha256"], sidecar["val_fraction"], "words", 1))
+        corpus = Corpus(train, val, vocabulary, sha256, floor, tokenize)
+    hint = ", or --tokenize chars if it has no spaces" if corpus.tokenize == "words" else ""
+    for name, tokens in (("training", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= block_size:
             raise UserError(f"{path} gives {len(tokens):,} {name} tokens, and a block needs {block_size + 1:,}: "
                             f"use a longer text, a smaller --block-size or another --val-fraction{hint}")
-    if len(vocabulary) < 2:
-        raise UserError(f"{path} repeats a single word, {words[0][:40]!r}: there is nothing to learn in it")
+    if len(corpus.vocabulary) < 2:
+        raise UserError(f"{path} repeats a single word, {corpus.vocabulary[0][:40]!r}: there is nothing to learn in it")
+    if val_tokens is not None and val_tokens < len(corpus.val):
+        corpus = corpus._replace(val=corpus.val[:val_tokens], entropy_floor=None)  # which is that of all of them
+    return corpus
+
+
+def entropy_floor(read, fits):
+    """The entropy that a sidecar gives, if it fits the text; else None."""
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = (sidecar["sha256"], sidecar["val_fraction"], tokenize, min_count) == (sha256, val_fraction, "words", 1)
-        floor = sidecar["entropy_floor"] if known and math.isfinite(sidecar["entropy_floor"]) else None
+        sidecar = read()
+        return sidecar["entropy_floor"] if fits(sidecar) and math.isfinite(sidecar["entropy_floor"]) else None
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        floor = None  # no sidecar, or a file that is something else
-    return Corpus(train, val, vocabulary, sha256, floor)
+        return None  # no sidecar, or a file that is something else
 
 
-def sample_batch(tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+FIRST_LOOK = 2**20  # tokens whose size is checked before training; that of all others is when they are read
+MAGIC = np.array([20240520, 1], "<i4").tobytes()  # a file of modded-nanogpt begins with it
+
+
+def holds_tokens(path):
+    """Is it a folder, or a file of tokens?"""
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    return path.is_dir()
+
+
+def read_token_files(path, val_fraction, vocab_size):
+    """Tokens -> Corpus, with no look at most of them. Raises UserError."""
+    index = path / "corpus.json"
+    try:
+        return read_prepared(index, val_fraction, vocab_size) if index.is_file() else read_numbers(
+            path, val_fraction, vocab_size)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+
+def token_file(path, dtype, vocab_size, offset=0, expected=None):
+    """A TokenFile, of as many tokens as are expected. Raises UserError."""
+    n, rest = divmod(path.stat().st_size - offset, np.dtype(dtype).itemsize)
+    if n < 1 or rest or expected not in (None, n):
+        raise UserError(f"{path} is cut off or damaged: its {path.stat().st_size:,} bytes are not "
+                        + ("whole tokens" if expected is None else f"those of {expected:,} tokens"))
+    return TokenFile(path, dtype, vocab_size, offset)
+
+
+def read_numbered(path, vocab_size):
+    """A file of modded-nanogpt's: 256 numbers of 4 bytes, the third of them the number of tokens, then the tokens."""
+    n = int(np.fromfile(path, "<i4", 3)[-1])
+    return token_file(path, "<u2", vocab_size, offset=1024, expected=n)
+
+
+def read_prepared(index, val_fraction, vocab_size):
+    """A folder of data/prepare.py's, whose corpus.json is `index`."""
+    if vocab_size:
+        raise UserError(f"--vocab-size is for tokens without a vocabulary, and {index.parent} has one")
+    data = index.read_bytes()
+    try:
+        content = json.loads(data)
+        vocabulary, n, tokenize = content["vocabulary"], content["tokens"], content["tokenize"]
+        dtype = {2: "<u2", 4: "<u4"}[content["bytes_per_token"]]
+        if not (content["format"] == 1 and type(n) is int and tokenize in ("words", "chars", "bytes")
+                and type(vocabulary) is list and {*map(type, vocabulary)} == {str}
+                and len(set(vocabulary)) == len(vocabulary)):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{index} is damaged: data/prepare.py writes it anew") from None
+    tokens = token_file(index.with_name("tokens.bin"), dtype, len(vocabulary), expected=n)
+    middle = int((1 - val_fraction) * n)
+    floor = entropy_floor(lambda: content, lambda content: content["val_fraction"] == val_fraction)
+    return Corpus(tokens.part(0, middle), tokens.part(middle, n), vocabulary, hashlib.sha256(data).hexdigest(), floor,
+                  tokenize)
+
+
+def read_numbers(path, val_fraction, vocab_size):
+    """A folder with nanoGPT's train.bin and val.bin, or a file of modded-nanogpt's: neither has a vocabulary."""
+    files = [path / "train.bin", path / "val.bin"] if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        raise UserError(f"{path} is a folder with neither a corpus.json, as data/prepare.py writes it, nor a train.bin "
+                        "and a val.bin, as nanoGPT does")
+    if not vocab_size:
+        raise UserError(f"{path} has no vocabulary: --vocab-size says how many different tokens there are (GPT-2: "
+                        "50257)")
+    digest = hashlib.sha256()
+    for file in files:  # its size, beginning and end stand for it
+        size = file.stat().st_size
+        digest.update(b"%d" % size)
+        for start in (0, max(0, size - 2**20)):
+            digest.update(np.fromfile(file, "u1", 2**20, offset=start))
+    if path.is_dir():
+        train, val = (read_numbered(file, vocab_size) if holds_tokens(file) else token_file(file, "<u2", vocab_size)
+                      for file in files)
+    else:
+        tokens = read_numbered(path, vocab_size)
+        middle = int((1 - val_fraction) * len(tokens))
+        train, val = tokens.part(0, middle), tokens.part(middle, None)
+    for tokens in (train, val):
+        tokens[:FIRST_LOOK]
+    return Corpus(train, val, list(range(vocab_size)), digest.hexdigest(), None, "numbers")
+
+
+def read_tokens(path: Path, tokenize: str, vocabulary: list) -> Tensor | TokenFile:
+    """Another text than the one that the vocabulary is of -> tokens (N,), all of them known. Raises UserError."""
+    if tokenize != "numbers":
+        return encode(read_words(path, tokenize)[0], vocabulary)
+    if not (path.is_file() and holds_tokens(path)):
+        raise UserError(f"{path} is not a file of tokens, which it has to be for a vocabulary of numbers")
+    tokens = read_numbered(path, len(vocabulary))
+    for start in range(0, len(tokens), 2**20):
+        tokens[start:start + 2**20]
+    return tokens
+
+
+def sample_batch(tokens: Tensor | TokenFile, batch_size: int, block_size: int,
+                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random windows of tokens (N,) -> inputs (B, T), targets (B, T), the same one token later."""
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     starts = starts.to(tokens.device, non_blocking=tokens.is_cuda)
+    return windows_at(tokens, starts, block_size)
+
+
+def windows_at(tokens, starts, block_size):
+    """The windows of tokens (N,) that begin at starts (B, 1) -> inputs (B, T), targets (B, T)."""
     windows = tokens[starts + torch.arange(block_size + 1, device=tokens.device)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
+
+
+def next_batch(tokens: Tensor | TokenFile, step: int, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """The windows of a step (from 1) in a single pass: tokens (N,) are cut into B parts, and each step reads on in all
+    of them, so that no token is a target twice -> inputs (B, T), targets (B, T)."""
+    part = (len(tokens) - 1) // batch_size
+    starts = torch.arange(batch_size, device=tokens.device)[:, None] * part + (step - 1) * block_size
+    return windows_at(tokens, starts, block_size)
 
 
 # ---- The loss, in tiles of logits ------------------------------------------------------------------------------------
@@ -750,20 +911,24 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-def held_out_batches(tokens: Tensor, block_size: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+def held_out_batches(tokens: Tensor | TokenFile, block_size: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """tokens (N,) as inputs and targets (B, T): contiguous blocks, the last one at its own length (padding would be
     seen by an unmasked model), every token but the first a target once."""
     full = (len(tokens) - 1) // block_size * block_size
-    inputs, targets = (tokens[i:i + full].view(-1, block_size).split(batch_size) for i in (0, 1))
-    batches = [*zip(inputs, targets, strict=True), (tokens[None, full:-1], tokens[None, full + 1:])]
-    return [(x, y) for x, y in batches if y.numel()]
+    for start in range(0, full, batch_size * block_size):
+        batch = tokens[start:min(start + batch_size * block_size, full) + 1]
+        yield batch[:-1].view(-1, block_size), batch[1:].view(-1, block_size)
+    rest = tokens[full:]
+    if len(rest) > 1:
+        yield rest[None, :-1], rest[None, 1:]
 
 
-def evaluate(model: GPT, tokens: Tensor, batch_size: int) -> float:
+def evaluate(model: GPT, tokens: Tensor | TokenFile, batch_size: int) -> float:
     """The loss over a fixed, full pass of tokens (N,), see held_out_batches. The processes share the batches."""
-    batches = held_out_batches(tokens, model.config.block_size, batch_size)
+    batches, device = held_out_batches(tokens, model.config.block_size, batch_size), model.norm.weight.device
     with evaluation_mode(model):
-        losses = [(model(x, y), y.numel()) for x, y in batches[process_index()::process_count()]]
+        losses = [(model(x.to(device), y.to(device)), y.numel())
+                  for x, y in itertools.islice(batches, process_index(), None, process_count())]
     return sum(gather(sum(loss.item() * n for loss, n in losses))) / (len(tokens) - 1)
 
 
@@ -984,7 +1149,8 @@ def parameter_groups(optimizers):
 def checkpoint_content(run):
     """The model and what it was trained on."""
     return model_content(run.model, run.corpus.vocabulary) | {
-        "text": {name: run.settings[name] for name in ("data_file", "data_sha256", "val_fraction", "min_count")}}
+        "text": {name: run.settings[name] for name in ("data_file", "data_sha256", "val_fraction", "min_count",
+                                                       "val_tokens")}}
 
 
 def save_last(run):
@@ -1019,10 +1185,11 @@ def begin(run):
                      epochs=args.epochs, device=run.device.type, processes=process_count(), command=settings["command"])
     else:  # if --resume had to start over, the record is that of a run which was only started
         write_record(run.files.log, "run", **settings | {
-            "resume": False, "command": settings["command"].replace(" --resume", "")},
+            "resume": False, "command": settings["command"].replace(" --resume", ""), "val_tokens": len(corpus.val),
+            "vocab_size": len(corpus.vocabulary)},
             device_name=device_name(run.device), dtype_reason=run.dtype_reason,
             versions={"python": platform.python_version(), "torch": torch.__version__},
-            vocab_size=len(corpus.vocabulary), train_tokens=len(corpus.train), val_tokens=len(corpus.val),
+            train_tokens=len(corpus.train),
             parameters=parameters, factor_parameters=layer_parameters, initial_ranks=model.ranks(),
             layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
             leak_check=leak, entropy_floor=corpus.entropy_floor)
@@ -1054,8 +1221,9 @@ def train(run):
             updates, ends = run.variant.rank_update_due(run, step), step % steps == 0
             for group in parameter_groups(run.optimizers):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
-            batch = sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"])
-            x, y = (whole.chunk(process_count())[process_index()] for whole in batch)  # each takes its share
+            batch = (next_batch(train_tokens, step, args.batch_size, args.block_size) if args.one_pass else
+                     sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"]))
+            x, y = (whole.chunk(process_count())[process_index()].to(device) for whole in batch)  # each takes its share
             run.variant.before_step(run, step)
             if args.telemetry and ends:
                 state.part.time_sec += watch.lap()
@@ -1718,7 +1886,7 @@ def compare_settings(args, settings, defaults, checkpoint, files):
 
 # ---- Models in files -------------------------------------------------------------------------------------------------
 
-def model_content(model: GPT, vocabulary: list[str]) -> dict:
+def model_content(model: GPT, vocabulary: list) -> dict:
     """What build_model reads, for save()."""
     return {"format": FORMAT, "config": asdict(model.config), "vocabulary": vocabulary,
             "ranks": [layer.rank for layer in model.linears().values()], "end_ranks": model.end_ranks(),
@@ -1786,7 +1954,7 @@ def check_start(content, args, vocabulary):
                         f"text, of {len(vocabulary):,}")
 
 
-def load_model(path: str | Path, linear=LowRankLinearAdaptiveSpectral) -> tuple[GPT, list[str]]:
+def load_model(path: str | Path, linear=LowRankLinearAdaptiveSpectral) -> tuple[GPT, list]:
     """A checkpoint, last or best -> (model in evaluation mode, on the CPU; its vocabulary). A variant with a factored
     layer of its own gives its `linear`."""
     content = load(Path(path))
@@ -1794,10 +1962,11 @@ def load_model(path: str | Path, linear=LowRankLinearAdaptiveSpectral) -> tuple[
 
 
 @torch.no_grad()
-def generate(model: GPT, vocabulary: list[str], text: str, n_tokens: int = 50, temperature: float = 1.0, seed: int = 0,
-             top_k: int | None = None) -> str:
-    """Continue a text by n_tokens sampled tokens -> the whole text; greedily at temperature 0, else from the top_k
-    likeliest (all by default). Unknown words become <unk>. Raises UserError for what makes no sense.
+def generate(model: GPT, vocabulary: list, text: str | list[int], n_tokens: int = 50, temperature: float = 1.0,
+             seed: int = 0, top_k: int | None = None) -> str | list[int]:
+    """Continue a text, or tokens if their words are not known, by n_tokens sampled tokens -> the whole; greedily at
+    temperature 0, else from the top_k likeliest (all by default). Unknown words become <unk>. Raises UserError for what
+    makes no sense.
 
     A bidirectional model has learnt to copy what comes next; with nothing there, its words mean nothing.
     """
@@ -1817,6 +1986,8 @@ def generate(model: GPT, vocabulary: list[str], text: str, n_tokens: int = 50, t
         p = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)
         word = words.gather(1, torch.multinomial(p, 1, generator=generator))
         tokens = torch.cat([tokens, word.to(tokens.device)], dim=1)
+    if kind == "numbers":
+        return tokens[0].tolist()
     text = (" " if kind == "words" else "").join(vocabulary[i] for i in tokens[0])
     return text.encode("latin-1").decode("utf-8", errors="replace") if kind == "bytes" else text
 
@@ -1891,11 +2062,15 @@ def parse_flags(variant: Variant, argv: list[str]) -> argparse.Namespace:
 def add_model_flags(parser):
     flag = parser.add_argument_group("data").add_argument
     flag("--data-file", type=PATH, default=DEFAULT_DATA,
-         help="text to train on; a bare name is looked for here, then in data/")
+         help="text to train on, or a folder of data/prepare.py; a bare name is looked for here, then in data/")
     flag("--tokenize", choices=("words", "chars", "bytes"), default="words",
          help="what a token is: a word between spaces, a character, or a byte")
     flag("--min-count", type=COUNT, default=1, help="words that occur less often in the text become <unk>")
+    flag("--vocab-size", type=number(int, least=2, below=2**16 + 1), metavar="V",
+         help="how many words there are, for tokens without a vocabulary, as nanoGPT's and modded-nanogpt's files have")
     flag("--val-fraction", type=number(float, above=0, below=1), default=0.01, help="share held out at the end")
+    flag("--val-tokens", type=number(int, least=2), metavar="N", help="evaluate on the first N of the held-out tokens "
+         "at most")
     flag("--test-file", type=PATH,
          help="one more held-out text, evaluated at the end on the best and the last checkpoint")
     flag = parser.add_argument_group("model").add_argument
@@ -1940,6 +2115,7 @@ def add_training_flags(parser):
     flag("--epochs", type=COUNT, default=30, help="epochs in all, those before a --resume included")
     flag("--steps-per-epoch", type=COUNT, default=200, help="optimizer steps per epoch")
     flag("--batch-size", type=number(int, least=1, below=2**20), default=32, help="windows of --block-size tokens")
+    flag("--one-pass", action="store_true", help="read the training text once, in order, instead of windows at random")
     flag("--grad-accum", type=COUNT, help="parts that a process takes its windows in: the same step on less memory; by "
          "default as many as keep a part within 2,048 tokens on a CPU, else 1")
     flag("--lr", type=POSITIVE, default=3e-4, help="learning rate")
@@ -1990,17 +2166,26 @@ def read_request(args, variant, command, locks):
     check_flags(args)
     device = pick_device(args.device)
     data, *tests = (find_data(name) for name in (args.data_file, args.test_file) if name is not None)
-    files = Files.named(args, data, *tests, *(Path(name) for name in (args.ranks_from, args.init_from) if name))
-    corpus = load_corpus(data, args.val_fraction, args.block_size, args.tokenize, args.min_count)
+    parts = [data / name for name in ("corpus.json", "tokens.bin", "train.bin", "val.bin") if data.is_dir()]
+    files = Files.named(args, data, *parts, *tests, *(Path(name) for name in (args.ranks_from, args.init_from) if name))
+    corpus = load_corpus(data, args.val_fraction, args.block_size, args.tokenize, args.min_count, args.vocab_size,
+                         args.val_tokens)
+    if args.tokenize not in ("words", corpus.tokenize) or args.min_count > 1 and holds_tokens(data):
+        raise UserError(f"{data} holds tokens already, {corpus.tokenize}: --tokenize and --min-count are for texts")
+    args.tokenize = corpus.tokenize
+    steps, most = args.epochs * args.steps_per_epoch, (len(corpus.train) - 1) // args.batch_size // args.block_size
+    if args.one_pass and steps > most:
+        raise UserError(f"--one-pass over {len(corpus.train):,} training tokens ends after {most:,} steps, not "
+                        f"{steps:,}: lower --epochs, --steps-per-epoch, --batch-size or --block-size")
     if args.tokenize == "words" and len(corpus.vocabulary) > (len(corpus.train) + len(corpus.val)) / 2:
         say(f"*** more than half of the words of {data.name} are distinct: if it is a text without spaces, "
             "--tokenize chars fits it better")
-    test_tokens = encode(read_words(tests[0], args.tokenize)[0], corpus.vocabulary) if tests else None
+    test_tokens = read_tokens(tests[0], corpus.tokenize, corpus.vocabulary) if tests else None
     if tests and len(test_tokens) < 2:
         raise UserError(f"{args.test_file} has {len(test_tokens)} words; a test needs 2 or more")
     settings = vars(args) | {
         "script": variant.name, "command": command, "processes": process_count(), "device": device.type,
-        "data_file": data.name, "data_sha256": corpus.sha256, "test_file": tests[0].name if tests else None,
+        "data_file": data.absolute().name, "data_sha256": corpus.sha256, "test_file": tests[0].name if tests else None,
         "ranks_from": args.ranks_from and Path(args.ranks_from).name,
         "init_from": args.init_from and Path(args.init_from).name,
         "log_file": files.log.name, "checkpoint": files.last.name}

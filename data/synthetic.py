@@ -8,7 +8,8 @@ exactly and written beside the text, in nats per token, with what identifies the
     python3 data/synthetic.py                                          the corpus that is committed
     python3 data/synthetic.py --tokens 2051910 --words 33277 --out big.tokens       WikiText-2's shape
 
-The text begins with a list of all words in random order, so that the vocabulary has exactly --words words.
+The text begins with a list of all words in random order, so that the vocabulary has exactly --words words. It is made
+piece by piece: any number of tokens takes the same memory.
 """
 import argparse
 import contextlib
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+BLOCK = 2**20  # tokens at a time
 ZIPF = 1.0  # the exponent of Zipf's law within a class
 SPARSITY = 0.15  # Dirichlet concentration of a class's successors: small means few of them
 SYLLABLES = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]  # 80
@@ -45,38 +48,46 @@ def make_generator(n_words, n_topics, n_classes, switch, rng):
 
 
 def sample(generator, n_tokens, rng):
-    """n_tokens words drawn from the generator -> (n_tokens,) word numbers. The class before the first is 0."""
+    """n_tokens words drawn from the generator -> their numbers, in pieces (N,). The class before the first is 0."""
     n_topics, n_classes, _ = generator.transitions.shape
-    drawn_anew = rng.random(n_tokens) < generator.switch
-    drawn_anew[0] = True
-    topics = rng.integers(n_topics, size=n_tokens)[np.maximum.accumulate(np.where(drawn_anew, np.arange(n_tokens), 0))]
     steps = generator.transitions.cumsum(axis=2)[:, :, :-1].tolist()
-    c, classes = 0, []
-    for topic, u in zip(topics.tolist(), rng.random(n_tokens).tolist(), strict=True):
-        c = bisect(steps[topic][c], u)
-        classes.append(c)
-    classes = np.array(classes)
-    tokens, u = np.empty(n_tokens, dtype=np.int64), rng.random(n_tokens)
-    for c in range(n_classes):
-        here = classes == c
-        steps_c = generator.words[c::n_classes].cumsum()[:-1]
-        tokens[here] = c + n_classes * np.searchsorted(steps_c, u[here], side="right")
-    return tokens
+    topic = c = 0
+    for start in range(0, n_tokens, BLOCK):
+        n = min(BLOCK, n_tokens - start)
+        drawn_anew = rng.random(n) < generator.switch
+        drawn_anew[0] |= start == 0
+        last = np.maximum.accumulate(np.where(drawn_anew, np.arange(n), -1))  # where the topic was drawn; -1: before
+        topics = np.where(last < 0, topic, rng.integers(n_topics, size=n)[last])
+        topic, classes = topics[-1], []
+        for of_token, u in zip(topics.tolist(), rng.random(n).tolist(), strict=True):
+            c = bisect(steps[of_token][c], u)
+            classes.append(c)
+        classes = np.array(classes)
+        tokens, u = np.empty(n, dtype=np.int64), rng.random(n)
+        for k in range(n_classes):
+            here = classes == k
+            tokens[here] = k + n_classes * np.searchsorted(generator.words[k::n_classes].cumsum()[:-1], u[here],
+                                                           side="right")
+        yield tokens
 
 
-def token_losses(generator, tokens):
-    """-log P(token | all tokens before it) under the true generator, by the forward algorithm -> (N,) nats."""
+def token_losses(generator, pieces):
+    """-log P(token | all tokens before it) under the true generator, by the forward algorithm -> nats, in pieces as the
+    tokens are (N,)."""
     n_topics, n_classes, _ = generator.transitions.shape
-    classes = tokens % n_classes
-    before = np.concatenate([[0], classes[:-1]])
-    likelihoods = generator.transitions[:, before, classes].T.tolist()  # (N, topics): P(class | topic, class before)
-    belief, stay, share, masses = [1 / n_topics] * n_topics, 1 - generator.switch, generator.switch / n_topics, []
-    for row in likelihoods:
-        joint = [(stay * b + share) * p for b, p in zip(belief, row, strict=True)]
-        mass = sum(joint)
-        belief = [j / mass for j in joint]
-        masses.append(mass)
-    return -np.log(masses) - np.log(generator.words[tokens])
+    belief, stay, share = [1 / n_topics] * n_topics, 1 - generator.switch, generator.switch / n_topics
+    last = 0  # the class before
+    for tokens in pieces:
+        classes, masses = tokens % n_classes, []
+        before = np.concatenate([[last], classes[:-1]])
+        last = classes[-1]
+        likelihoods = generator.transitions[:, before, classes].T.tolist()  # (N, topics): P(class | before, topic)
+        for row in likelihoods:
+            joint = [(stay * b + share) * p for b, p in zip(belief, row, strict=True)]
+            mass = sum(joint)
+            belief = [j / mass for j in joint]
+            masses.append(mass)
+        yield -np.log(masses) - np.log(generator.words[tokens])
 
 
 def spell(n_words, rng):
@@ -84,6 +95,48 @@ def spell(n_words, rng):
     length = next(n for n in itertools.count(2) if len(SYLLABLES) ** n >= 2 * n_words)
     numbers = rng.choice(len(SYLLABLES) ** length, size=n_words, replace=False).tolist()
     return ["".join(SYLLABLES[n // len(SYLLABLES) ** i % len(SYLLABLES)] for i in range(length)) for n in numbers]
+
+
+def write(args):
+    """Write the text and its sidecar, each under its name once it is whole -> the entropy floor."""
+    rng = np.random.default_rng(args.seed)
+    generator = make_generator(args.words, args.topics, args.classes, args.switch, rng)
+    first = int((1 - args.val_fraction) * args.tokens) + 1 - args.words  # the first held-out token that v10 predicts
+    parts = [args.out.with_name(args.out.name + end) for end in (".numbers.part", ".part", ".json.part")]
+    numbers, text, sidecar = parts
+    try:
+        with numbers.open("wb") as file, tqdm(total=args.tokens - args.words, unit="token", unit_scale=True,
+                                              disable=None) as bar:
+            kept, losses = itertools.tee(sample(generator, args.tokens - args.words, rng))
+            total = at = 0
+            for tokens, of_tokens in zip(kept, token_losses(generator, losses), strict=True):
+                file.write(tokens.astype("<u4"))
+                total += of_tokens[max(0, first - at):].sum()
+                at += len(tokens)
+                bar.update(len(tokens))
+        floor = total / (at - first)
+        names, digest, rest = np.array(spell(args.words, rng)), hashlib.sha256(), []
+        drawn = np.memmap(numbers, "<u4", "r")
+        with text.open("wb") as file:
+            for piece in (rng.permutation(args.words), *(drawn[i:i + BLOCK] for i in range(0, at, BLOCK)), None):
+                words = rest + ([] if piece is None else names[piece].tolist())
+                whole = len(words) if piece is None else len(words) // 20 * 20  # lines of 20 words
+                data = "".join(" ".join(words[i:min(i + 20, whole)]) + "\n" for i in range(0, whole, 20)).encode()
+                rest = words[whole:]
+                digest.update(data)
+                file.write(data)
+        del drawn  # Windows keeps a file that is mapped
+        settings = {name: value for name, value in vars(args).items() if name != "out"}
+        sidecar.write_text(json.dumps({
+            "sha256": digest.hexdigest(), "entropy_floor": float(floor), "unit": "nats per token",
+            "perplexity_floor": float(np.exp(floor)), **settings}, indent=1) + "\n", encoding="utf-8")
+        text.replace(args.out)
+        sidecar.replace(args.out.with_suffix(".json"))
+    finally:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+    return floor
 
 
 def main(argv=None):
@@ -113,30 +166,13 @@ def main(argv=None):
         if wrong:
             parser.error(message)
 
-    rng = np.random.default_rng(args.seed)
     try:
-        generator = make_generator(args.words, args.topics, args.classes, args.switch, rng)
-        text = sample(generator, args.tokens - args.words, rng)
+        floor = write(args)
     except MemoryError:
-        parser.error("out of memory: lower --tokens, --words, --topics or --classes")
+        parser.error("out of memory: lower --words, --topics or --classes")
+    except OSError as error:
+        parser.error(f"cannot write {args.out}: {error.strerror}")
     held_out = args.tokens - int((1 - args.val_fraction) * args.tokens)
-    floor = token_losses(generator, text)[-held_out:][1:].mean()  # v10 predicts every held-out token but the first
-    names = np.array(spell(args.words, rng))
-    words = names[np.concatenate([rng.permutation(args.words), text])].tolist()
-    data = "".join(" ".join(words[i:i + 20]) + "\n" for i in range(0, len(words), 20)).encode()
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    sidecar = {"sha256": hashlib.sha256(data).hexdigest(), "entropy_floor": float(floor), "unit": "nats per token",
-               "perplexity_floor": float(np.exp(floor)), **settings}
-    for path, content in ((args.out, data),
-                          (args.out.with_suffix(".json"), json.dumps(sidecar, indent=1).encode() + b"\n")):
-        part = path.with_name(path.name + ".part")  # under its own name a file is whole
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            parser.error(f"cannot write {path}: {error.strerror}")
     print(f"{args.out}: {args.tokens:,} tokens, {args.words:,} words, entropy floor {floor:.4f} nats per token "
           f"(perplexity {np.exp(floor):.1f}) on the last {held_out:,}")
     return 0

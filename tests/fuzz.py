@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -21,10 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import compress  # noqa: E402
 import plot_logs  # noqa: E402
+import prepare  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 FLAGS = """--d-model 8 --n-layers 1 --n-heads 2 --d-ff 16 --block-size 4 --batch-size 2 --steps-per-epoch 4
@@ -81,8 +83,9 @@ def mutated_logs(draw, data):
 
 def targets(folder):
     """-> {name: (a strategy of cases, what to do with one)}. A target returns, or raises what its script reports."""
-    text, log, checkpoint, compression, tensors, pickled = ((folder / name).read_bytes() for name in (
-        "text.tokens", "log.jsonl", "log.pt", "compress.jsonl", "m.safetensors", "m.pt"))
+    text, log, checkpoint, compression, tensors, pickled, index, numbers = ((folder / name).read_bytes() for name in (
+        "text.tokens", "log.jsonl", "log.pt", "compress.jsonl", "m.safetensors", "m.pt", "prepared/corpus.json",
+        "numbers.bin"))
     report = b"\n".join(json.dumps({name: record[name] for name in (
         "epoch", "train_loss", "val_loss", "rank_min", "rank_max", "rank_avg", "ranks", "params_millions", "time_sec")}
         ).encode() for record in map(json.loads, log.splitlines()) if record["kind"] == "epoch")
@@ -117,10 +120,31 @@ def targets(folder):
         here.write_bytes(data)
         v10.load_corpus(here, 0.1, 4)
 
+    def prepare_text(data):
+        here.write_bytes(data)
+        shutil.rmtree(folder / "new", ignore_errors=True)
+        try:
+            words = v10.read_words(here)[0]
+        except v10.UserError:
+            words = []
+        try:
+            vocabulary = prepare.prepare([here], folder / "new")["vocabulary"]
+        except prepare.PrepareError:
+            assert len(set(words)) < 2, "v10 takes this text"
+            raise
+        assert [vocabulary[i] for i in np.fromfile(folder / "new" / "tokens.bin", "<u2")] == words
+
+    def read_tokens(path, **settings):
+        def action(data):
+            path.write_bytes(data)
+            corpus = v10.load_corpus(path.parent if path.suffix == ".json" else path, 0.1, 4, **settings)
+            assert len(corpus.train[:]) + len(corpus.val[:]) == 200
+            json.dumps(corpus.entropy_floor, allow_nan=False)
+        return action
+
     def read_sidecar(data):
         (folder / "text.json").write_bytes(data)
-        *_, floor = v10.load_corpus(folder / "text.tokens", 0.1, 4)
-        json.dumps(floor, allow_nan=False)
+        json.dumps(v10.load_corpus(folder / "text.tokens", 0.1, 4).entropy_floor, allow_nan=False)
 
     def read_ranks(data):
         here.write_bytes(data)
@@ -163,6 +187,9 @@ def targets(folder):
         "compress: .pt": (of_bytes(pickled), read_tensors(".pt")),
         "v10: ranks of a log": (of_bytes(log) | mutated_logs(log), read_ranks),
         "v10: text": (of_bytes(text), read_text),
+        "prepare: text": (of_bytes(text), prepare_text),
+        "v10: folder of tokens": (of_bytes(index) | mutated_logs(index), read_tokens(folder / "prepared/corpus.json")),
+        "v10: file of tokens": (of_bytes(numbers), read_tokens(folder / "numbers.bin", vocab_size=23)),
         "v10: sidecar": (of_bytes(sidecar) | mutated_logs(sidecar), read_sidecar),
         "v10: checkpoint": (of_bytes(checkpoint), read_checkpoint),
         "v10: checkpoint, right checksum": (of_bytes(sealed), read_sealed),
@@ -184,7 +211,7 @@ def fuzz(cases, action, n, seed):
                 action(case)
                 counts["taken"] += 1
                 return
-            except (v10.UserError, plot_logs.LogError) as error:
+            except (v10.UserError, plot_logs.LogError, prepare.PrepareError) as error:
                 said = str(error)
         counts["refused"] += 1
         assert len(said.splitlines()) == 1, said
@@ -200,6 +227,11 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "text.tokens").write_bytes(b" ".join(b"w%d" % (i * i % 23) for i in range(200)))
+        prepare.prepare([folder / "text.tokens"], folder / "prepared")
+        prepare.CHUNK = 7  # so that pieces end anywhere
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 200
+        (folder / "numbers.bin").write_bytes(header.tobytes() + np.array([i % 23 for i in range(200)], "<u2").tobytes())
         for flags in (["--epochs", "2"], ["--epochs", "3", "--resume"]):
             with contextlib.redirect_stdout(io.StringIO()):
                 assert v10.main(["--data-file", place + "/text.tokens", "--log-file", place + "/log.jsonl",

@@ -6,8 +6,9 @@
 At a chosen point the run kills itself: half-way through the n-th write of its log or of a checkpoint, at its n-th
 fsync, os.replace or evaluation, or with half of its layers resized. Ranks change every 3 steps, epochs have 10, and a
 checkpoint is written about every tenth of a second. One run drops the optimizer's state at a resize and trains in
-float32, one carries it and trains in bfloat16, and one is of v11, whose ranks are cut 20 times. Each kill is a line of
-the log; the last line is the verdict. Exit code 1 where anything was lost or differs.
+float32, one carries it and trains in bfloat16, and one is of v11, whose ranks are cut 20 times, and reads its tokens
+from a folder of data/prepare.py's. Each kill is a line of the log; the last line is the verdict. Exit code 1 where
+anything was lost or differs.
 
 Then 20 runs of two processes under torchrun are stopped as a batch system does it, with SIGTERM to the launcher and to
 the processes at once, so that each process gets it twice; each has to save, and the next one goes on from there.
@@ -28,7 +29,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import prepare  # noqa: E402
+
 FLAGS = """--data-file text --test-file test --d-model 16 --n-layers 2 --n-heads 2 --d-ff 32 --block-size 8
     --batch-size 4 --epochs 20 --steps-per-epoch 10 --lr 0.01 --val-fraction 0.1 --device cpu --init-rank 12
     --min-rank 2 --rank-interval 3 --dropout 0.1 --checkpoint-minutes 0.0015 --log-file log.jsonl""".split()
@@ -37,7 +41,8 @@ CONFIGURATIONS = {  # name: (script, flags)
     "reinit": (V10, ["--optimizer-on-resize", "reinit", "--dtype", "float32"]),
     "transport": (V10, ["--optimizer-on-resize", "transport", "--dtype", "bfloat16"]),
     "v11": ("v11_transformer_lowrank_spectron",
-            "--cuts 20 --cut-from 0.1 --cut-to 0.9 --rank-budget 0.3 --telemetry --dtype bfloat16".split())}
+            "--data-file tokens --cuts 20 --cut-from 0.1 --cut-to 0.9 --rank-budget 0.3 --telemetry --dtype bfloat16"
+            .split())}
 RANDOM = "at a random time"
 CHOSEN = {  # moment: the largest n at which it may be chosen
     "half-way through a log record": 60, "half-way through a checkpoint": 2000, "at an fsync": 60,
@@ -191,6 +196,7 @@ def fill(folder):
     words = random.Random(0).choices([f"w{i}" for i in range(50)], k=3000)
     (folder / "text").write_text(" ".join(words))
     (folder / "test").write_text(" ".join(words[::7]))
+    prepare.prepare([folder / "text"], folder / "tokens")
 
 
 def soak(seed, random_kills, chosen_kills, stops, write):

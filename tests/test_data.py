@@ -11,7 +11,7 @@ from conftest import write_sidecar
 def test_the_vocabulary_is_sorted_and_tokens_index_it(tmp_path):
     path = tmp_path / "text"
     path.write_text("b a\n c  a\tb d a b c d")
-    train, val, vocabulary, sha256, floor = v10.load_corpus(path, 0.5, 2)
+    train, val, vocabulary, sha256, floor, _ = v10.load_corpus(path, 0.5, 2)
     assert vocabulary == ["a", "b", "c", "d"]
     assert train.tolist() == [1, 0, 2, 0, 1]
     assert val.tolist() == [3, 0, 1, 2, 3]
@@ -52,7 +52,7 @@ def test_unknown_words_become_unk_and_are_an_error_without_it():
 @pytest.mark.parametrize("change", [{}, {"sha256": "0"}, {"val_fraction": 0.2}, {"entropy_floor": None}])
 def test_the_entropy_floor_is_taken_only_for_the_same_file_and_split(text, change):
     write_sidecar(text, **change)
-    assert v10.load_corpus(text, 0.1, 8)[-1] == (None if change else 3.125)
+    assert v10.load_corpus(text, 0.1, 8).entropy_floor == (None if change else 3.125)
 
 
 def test_a_bare_name_is_looked_for_in_data(tmp_path, monkeypatch):

@@ -55,8 +55,8 @@ def flags(parser):
 
 OF_V10 = [
     # the text to train on
-    (["--data-file", "nowhere"], "cannot read nowhere: No such file"), (["--data-file", "folder"], "Is a directory"),
-    (["--data-file", ""], "Is a directory"), (["--data-file", "UNREADABLE"], "cannot read"),
+    (["--data-file", "nowhere"], "cannot read nowhere: No such file"), (["--data-file", "UNREADABLE"], "cannot read"),
+    (["--data-file", "folder"], "neither a corpus.json"), (["--data-file", ""], "neither a corpus.json"),
     (["--data-file", "empty"], "gives 0 training tokens"), (["--data-file", "blank"], "gives 0 training tokens"),
     (["--data-file", "png"], "its byte 0 cannot be decoded"), (["--data-file", "zeros"], "its byte 8 is zero"),
     (["--data-file", "utf16"], "its byte 0 cannot be decoded"), (["--data-file", "bom16"], "its byte 0 cannot"),
@@ -287,14 +287,14 @@ def test_the_same_words_in_another_dress_are_the_same_training(run, text, change
 @pytest.mark.parametrize("sidecar", ["", "[", "[]", "null", '"x"', "[" * 100_000, '{"sha256": 1}', "\0", "\x80"])
 def test_a_sidecar_that_is_something_else_is_no_floor(text, sidecar):
     text.with_suffix(".json").write_bytes(sidecar.encode("latin-1"))
-    assert v10.load_corpus(text, 0.1, 8)[-1] is None
+    assert v10.load_corpus(text, 0.1, 8).entropy_floor is None
 
 
 @pytest.mark.parametrize("floor", ["NaN", "Infinity", '"3"', "[3]", "9" * 400, "null"])
 def test_a_floor_that_is_no_number_is_none(text, floor):
     sha256 = v10.read_words(text)[1]
     text.with_suffix(".json").write_text(f'{{"sha256": "{sha256}", "val_fraction": 0.1, "entropy_floor": {floor}}}')
-    assert v10.load_corpus(text, 0.1, 8)[-1] is None
+    assert v10.load_corpus(text, 0.1, 8).entropy_floor is None
 
 
 def test_a_generation_needs_a_word(run):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 from conftest import RANKS, ROOT, SMALL, records, untimed
 
-V10 = ROOT / "v10_transformer_lowrank_scaled.py"
+V10, V11 = ROOT / "v10_transformer_lowrank_scaled.py", ROOT / "v11_transformer_lowrank_spectron.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # on a free port
 RESIZING = ["--epochs", "3", "--rank-interval", "3", "--optimizer-on-resize", "transport"]
 
@@ -40,6 +41,24 @@ def two_processes(text, log, *flags):
     return [subprocess.Popen([sys.executable, V10, "--data-file", text, "--log-file", log, *SMALL, *RANKS, *flags],
                              env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+
+
+def agents(script, text, log, *flags):
+    """Two machines as torchrun knows them, both of them this one, a process on each -> their agents."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen([*TORCHRUN[:3], "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1",
+                              "--master-addr", "127.0.0.1", "--master-port", str(port), script, "--data-file", text,
+                              "--log-file", log, *SMALL, *RANKS, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+
+
+def finished(both):
+    """Wait for two agents -> what they said."""
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
 
 
 @pytest.mark.parametrize(("parts", "dtype"), [(2, "float32"), (4, "float32"), (4, "bfloat16")])
@@ -141,6 +160,40 @@ def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(
         assert [process.communicate()[1] and process.returncode for process in both] == ["", ""]
     for kind in ("epoch", "ranks"):
         assert untimed(log, kind) == untimed(tmp_path / "straight.jsonl", kind)
+
+
+def test_two_machines_train_as_one_process_does(run, text, tmp_path):
+    said = finished(agents(V10, text, tmp_path / "two.jsonl", *RESIZING))
+    assert ["done: 3 epochs" in of_one for of_one in said] == [True, False]
+    assert_same_training(run(*RESIZING), tmp_path / "two.jsonl")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("script", "changing"), [
+    (V10, ["--rank-interval", "3"]), (V11, "--rank-budget 0.3 --cuts 3 --cut-from 0.0004 --cut-to 0.002".split())])
+def test_when_a_machine_is_lost_the_other_ends_and_the_run_goes_on_with_two_or_with_one(text, tmp_path, script,
+                                                                                        changing, victim):
+    log, flags = tmp_path / "two.jsonl", [*changing, "--checkpoint-minutes", "0.001", "--epochs", "1000"]
+    both = agents(script, text, log, *flags)
+    while not log.exists() or len(records(log, "epoch")) < 2:
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    agent = both[victim].pid
+    for pid in (*map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()), agent):
+        os.kill(pid, signal.SIGKILL)
+    said, _ = both[1 - victim].communicate(timeout=120)
+    assert both[1 - victim].returncode == 1
+    assert f"process {1 - victim}: error: the connection to another process is lost" in said
+    step = v10.load(log.with_suffix(".pt"))["state"]["step"]
+    more = ["--epochs", str(step // 5 + 2), "--resume"]
+    finished(agents(script, text, log, *flags, *more))
+    more[1] = str(step // 5 + 4)
+    done = subprocess.run([sys.executable, script, "--data-file", text, "--log-file", log, *SMALL, *RANKS, *flags,
+                           *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [record["processes"] for record in records(log, "resume")] == [2, 1]
+    assert [record["epoch"] for record in records(log, "epoch")] == list(range(1, step // 5 + 5))
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, text, tmp_path, capsys):

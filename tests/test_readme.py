@@ -10,9 +10,11 @@ import pytest
 import bench
 import compress
 import plot_logs
+import prepare
 import results
 import soak
 import study
+import synthetic
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records
@@ -89,7 +91,7 @@ def test_every_make_command_exists(target):
 
 def test_every_flag_exists(capsys):
     known = "".join(v10.build_parser(variant).format_help() for variant in (v10.Variant(), v11.LowRankSpectron()))
-    for script in (plot_logs, results, study, bench):
+    for script in (plot_logs, results, study, bench, prepare, synthetic):
         with pytest.raises(SystemExit):
             script.main(["--help"])
         known += capsys.readouterr().out

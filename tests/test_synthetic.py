@@ -15,6 +15,14 @@ def small(switch=0.3, topics=3, classes=4, words=10, seed=0):
     return synthetic.make_generator(words, topics, classes, switch, np.random.default_rng(seed))
 
 
+def sampled(generator, n_tokens, seed=0):
+    return np.concatenate([*synthetic.sample(generator, n_tokens, np.random.default_rng(seed))])
+
+
+def losses_of(generator, *pieces):
+    return np.concatenate([*synthetic.token_losses(generator, pieces)])
+
+
 def make(tmp_path, *flags, name="corpus.tokens"):
     out = tmp_path / name
     assert synthetic.main(["--out", str(out), *map(str, flags)]) == 0
@@ -35,28 +43,28 @@ def test_the_forward_algorithm_sums_over_all_topic_paths(switch):
                 before = classes[t]
             total += p
         losses.append(-math.log(total))
-    assert synthetic.token_losses(generator, tokens) == pytest.approx(np.diff(losses), rel=1e-10)
+    assert losses_of(generator, tokens) == pytest.approx(np.diff(losses), rel=1e-10)
 
 
 def test_the_true_generator_predicts_its_own_text_better_than_any_other():
-    text = synthetic.sample(small(0.02), 50_000, np.random.default_rng(1))
-    own = synthetic.token_losses(small(0.02), text).mean()
+    text = sampled(small(0.02), 50_000, 1)
+    own = losses_of(small(0.02), text).mean()
     for other in (small(0.2), small(0.02, seed=1), small(0.0)):
-        assert synthetic.token_losses(other, text).mean() > own + 0.001
+        assert losses_of(other, text).mean() > own + 0.001
 
 
 def test_the_losses_average_to_the_entropy_of_a_memoryless_generator():
     generator = small(topics=1)._replace(transitions=np.full((1, 4, 4), 0.25))
     p = generator.words * 0.25
-    text = synthetic.sample(generator, 100_000, np.random.default_rng(0))
+    text = sampled(generator, 100_000)
     assert p.sum() == pytest.approx(1)
-    assert synthetic.token_losses(generator, text).mean() == pytest.approx(-(p * np.log(p)).sum(), abs=0.01)
+    assert losses_of(generator, text).mean() == pytest.approx(-(p * np.log(p)).sum(), abs=0.01)
     assert np.bincount(text, minlength=10) / len(text) == pytest.approx(p, abs=0.01)
 
 
 def test_classes_follow_the_transitions_of_their_topic():
     generator = small(topics=1)
-    classes = synthetic.sample(generator, 200_000, np.random.default_rng(0)) % 4
+    classes = sampled(generator, 200_000) % 4
     counts = np.zeros((4, 4))
     np.add.at(counts, (classes[:-1], classes[1:]), 1)
     assert counts / counts.sum(1, keepdims=True) == pytest.approx(generator.transitions[0], abs=0.02)
@@ -70,18 +78,42 @@ def test_sizes_are_exact_and_the_sidecar_identifies_the_text(tmp_path):
     assert 0 < sidecar["entropy_floor"] < math.log(700)
 
 
-def test_the_floor_is_the_mean_over_the_held_out_tokens_but_the_first(tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", [100, 1701, 10**6])
+def test_the_floor_is_the_mean_over_the_held_out_tokens_but_the_first(tmp_path, monkeypatch, block):
     token_losses, seen = synthetic.token_losses, []
-    monkeypatch.setattr(synthetic, "token_losses", lambda *args: seen.append(token_losses(*args)) or seen[-1])
+    monkeypatch.setattr(synthetic, "token_losses", lambda *args: (seen.append(losses) or losses
+                                                                  for losses in token_losses(*args)))
+    monkeypatch.setattr(synthetic, "BLOCK", block)
     _, sidecar, _ = make(tmp_path, "--tokens", 2000, "--words", 100, "--val-fraction", 0.1)
-    assert len(seen[0]) == 1900
-    assert sidecar["entropy_floor"] == pytest.approx(seen[0][-199:].mean())
+    losses = np.concatenate(seen)
+    assert len(losses) == 1900
+    assert sidecar["entropy_floor"] == pytest.approx(losses[-199:].mean())
 
 
 def test_the_seed_sets_the_text(tmp_path):
     flags = ["--tokens", 3000, "--words", 200]
     texts = [make(tmp_path, *flags, "--seed", seed, name=f"{i}.tokens")[0] for i, seed in enumerate((0, 0, 1))]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.3])
+def test_pieces_follow_each_other_as_one_text(monkeypatch, switch):
+    """Losses do not depend on where the text is cut, and a topic and a class last beyond a piece's end."""
+    generator = small(switch)
+    monkeypatch.setattr(synthetic, "BLOCK", 3)
+    text = sampled(generator, 30_000)
+    assert losses_of(generator, *np.split(text, [1, 7, 5000])) == pytest.approx(losses_of(generator, text), rel=1e-12)
+    others = [small(0.9 - switch), small(switch, seed=1)]
+    assert all(losses_of(other, text).mean() > losses_of(generator, text).mean() + 0.001 for other in others)
+
+
+def test_a_text_of_many_pieces_has_every_token_and_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "BLOCK", 37)
+    words, sidecar, out = make(tmp_path, "--tokens", 2003, "--words", 50)
+    assert len(words) == 2003
+    assert {len(line.split()) for line in out.read_text().splitlines()[:-1]} == {20}
+    assert sidecar["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["corpus.json", "corpus.tokens"]
 
 
 def test_the_committed_corpus_is_what_the_script_makes(tmp_path):

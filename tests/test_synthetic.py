@@ -107,6 +107,15 @@ def test_pieces_follow_each_other_as_one_text(monkeypatch, switch):
     assert all(losses_of(other, text).mean() > losses_of(generator, text).mean() + 0.001 for other in others)
 
 
+def test_a_topic_lasts_beyond_a_piece(monkeypatch):
+    """Without switches the second half of a text is as likely as the first."""
+    monkeypatch.setattr(synthetic, "BLOCK", 5000)
+    for seed in range(6):
+        generator = small(switch=0.0)
+        losses = losses_of(generator, sampled(generator, 10_000, seed))
+        assert losses[5000:].mean() == pytest.approx(losses[:5000].mean(), abs=0.1)
+
+
 def test_a_text_of_many_pieces_has_every_token_and_line(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "BLOCK", 37)
     words, sidecar, out = make(tmp_path, "--tokens", 2003, "--words", 50)

@@ -113,6 +113,19 @@ def test_what_cannot_be_prepared_is_said_in_one_line_and_leaves_nothing(tmp_path
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_a_folder_that_is_there_already_stays_as_it_is(tmp_path):
+    (tmp_path / "text").write_text("a b")
+    for name in ("new.part", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("thesis")
+        with pytest.raises(prepare.PrepareError, match="exists"):
+            prepare.prepare([tmp_path / "text"], tmp_path / name.removesuffix(".part"))
+        assert (tmp_path / name / "mine").read_text() == "thesis"
+    with pytest.raises(prepare.PrepareError, match="No such file"):
+        prepare.prepare([tmp_path / "typo"], tmp_path / "new")
+    assert (tmp_path / "new.part" / "mine").exists()
+
+
 def test_a_word_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 10)
     monkeypatch.setattr(prepare, "LONGEST", 50)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 import v11_transformer_lowrank_spectron as v11  # noqa: E402
+from results import token_multiplications  # noqa: E402
 
 LARGE = 2048  # side of the large matrix product
 
@@ -173,11 +174,13 @@ def truncated_svds(m, n, k, generator):
 
 
 def step_flop(args, rank):
-    """Floating-point operations in the products of a training step, by part; a backward pass costs two forward ones."""
-    tokens, C = args.batch_size * args.block_size, args.d_model
-    per_layer = 4 * 2 * C + 2 * 5 * C  # sides of q, k, v, o, up and down, in and out
-    return {"head": 6 * tokens * C * args.words, "factors": 6 * tokens * rank * per_layer * args.n_layers,
-            "attention": 6 * tokens * args.block_size * C * args.n_layers}
+    """Floating-point operations in the products of a training step, by part: two per multiplication, and a backward
+    pass costs two forward ones."""
+    C, tokens = args.d_model, args.batch_size * args.block_size
+    shapes = args.n_layers * [*4 * [(C, C)], (4 * C, C), (C, 4 * C)]
+    forward = token_multiplications(vars(args) | {"vocab_size": args.words, "layers": [
+        {"shape": shape} for shape in shapes]}, [rank] * len(shapes))
+    return {part: 6 * tokens * count for part, count in forward.items()}
 
 
 def seconds(action, times=1):

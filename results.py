@@ -339,16 +339,17 @@ def tries(study):
 # ---- What a run costs, counted ---------------------------------------------------------------------------------------
 
 def token_multiplications(settings, ranks):
-    """Of one token's forward pass: in the linear layers, of these ranks or dense, in the head, and in causal attention,
+    """Of one token's forward pass, by part: the linear layers, of these ranks or dense, the head, and causal attention,
     which half of the positions on average take part in, twice. `settings` are those of a run record."""
-    linear = sum(rank * (m + n) if rank else m * n for (m, n), rank in layers(settings, ranks))
-    return linear + settings["d_model"] * (settings["vocab_size"] + settings["n_layers"] * settings["block_size"])
+    C = settings["d_model"]
+    return {"linear": sum(rank * (m + n) if rank else m * n for (m, n), rank in layers(settings, ranks)),
+            "head": C * settings["vocab_size"], "attention": C * settings["n_layers"] * settings["block_size"]}
 
 
 def step_multiplications(settings, ranks):
     """Of a step of training: a backward pass costs two forward ones, and Newton-Schulz, in Muon and Spectron, five
     times 2 s^2 l + s^3 for a matrix of sides s <= l. Updates of single entries are not counted."""
-    total = 3 * settings["batch_size"] * settings["block_size"] * token_multiplications(settings, ranks)
+    total = 3 * settings["batch_size"] * settings["block_size"] * sum(token_multiplications(settings, ranks).values())
     if settings.get("optimizer") in ("muon", "spectron"):
         matrices = [sorted(sides) for (m, n), rank in layers(settings, ranks)
                     for sides in ([(m, rank), (n, rank)] if rank else [(m, n)])]
@@ -376,11 +377,11 @@ CUT_TOKENS = 12_288  # which v11 measures a cut on, forward and backward, and th
 
 def multiplications(run):
     """Of a whole run, evaluation not counted."""
-    total, settings = sum(steps * step_multiplications(run.settings, ranks) for steps, ranks in ranks_of_steps(run)
-                          ), run.settings
-    head = settings["d_model"] * settings["vocab_size"]
-    return total + sum(CUT_TOKENS * (3 * token_multiplications(settings, cut["ranks_before"]) + head)
-                       for cut in run.cuts)
+    total = sum(steps * step_multiplications(run.settings, ranks) for steps, ranks in ranks_of_steps(run))
+    for cut in run.cuts:
+        forward = token_multiplications(run.settings, cut["ranks_before"])
+        total += CUT_TOKENS * (3 * sum(forward.values()) + forward["head"])
+    return total
 
 
 def budgeted(study):

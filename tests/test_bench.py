@@ -86,7 +86,7 @@ def test_the_literal_rank_update_finds_the_same_factors_as_v10():
 
 def test_the_floor_counts_the_reports_products():
     flop = bench.step_flop(Namespace(batch_size=32, block_size=256, d_model=512, n_layers=6, words=33_277), 64)
-    assert {name: round(count / 1e9) for name, count in flop.items()} == {"head": 837, "factors": 174, "attention": 39}
+    assert {name: round(count / 1e9) for name, count in flop.items()} == {"head": 837, "linear": 174, "attention": 39}
 
 
 @pytest.mark.parametrize(("flags", "message"), [

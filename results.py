@@ -145,16 +145,6 @@ PROBED = {"val_loss_masked": ("with the mask put on", ".3f"), "loss_at_last_posi
           "predicts_word_put_there": ("word put there", ".0%"), "predicts_word_of_the_text": ("of the text", ".0%")}
 
 
-def summary(study):
-    """README's: what each configuration reaches with how many parameters."""
-    def reached(name):
-        return f"{study.cell(name, best_loss)}, {study.mean(name, linear_parameters_at_best):.2f}M"
-    return Table("summary", "", [f"n = {len(study.groups['dense'].runs)}", "M parameters at the end",
-                                 "best val loss, the report's settings", "best val loss, tuned settings"], [
-        [NAMES[name], study.cell(name, linear_parameters, ".2f"), reached(name), reached(f"tuned_{name}")]
-        for name in NAMES])
-
-
 def leak(study):
     def row(name, label):
         return [label, str(len(study.groups[name].runs)), study.cell(name, best_loss),
@@ -328,11 +318,11 @@ def epochs(run):
 def tries(study):
     """What each arm of v11's comparison was tuned on: seed 0."""
     rows = []
-    for arm in ARMS:
+    for arm in [*ARMS, *(arm for arm in BUDGETED if arm not in ARMS and f"try_{arm}_dropout" in study.groups)]:
         losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
-        label = STEPS[arm.removesuffix("_tied")]
         tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
-        rows.append([f"{label}, {tie}", *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
+        label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else BUDGETED[arm]
+        rows.append([label, *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
     return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
 
 
@@ -404,6 +394,15 @@ def budgeted(study):
         f"n = {len(study.groups['v11_tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         "perplexity", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in dense.values()),
         "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
+
+
+def headline(study):
+    """README's: v11 and what it competes with, in short."""
+    names = ("dense_muon", "dense_adamw", "v11_quarter", "tenth_wide", "v11_tenth", "v10_transport", "v10_report")
+    return Table("headline", "", ["", "M parameters in the linear layers", "last val loss", f"{DASH} dense, AdamW"], [
+        [BUDGETED[name], study.cell(name, linear_parameters, ".2f"), plus_minus(study.values(name, last_loss), ".3f"),
+         plus_minus(study.differences(name, "dense_adamw", last_loss)) if name != "dense_adamw" else DASH]
+        for name in names])
 
 
 def brought(study):
@@ -538,11 +537,11 @@ def norms(study):
                                "norm of the weights: first epoch", "last", "RMS change of the outputs: 1/2"], rows)
 
 
-TABLES = {"summary": summary, "leak": leak, "comparison": comparison,
+TABLES = {"leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
-TABLES_OF_CUTS = {"budget": budgeted, "brought": brought}
+TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "brought": brought}
 TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
                          "spectra": spectra}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
@@ -675,6 +674,10 @@ def telemetry_figure(study):
     return plot_logs.telemetry_figure(groups)
 
 
+APART = {"quarter_narrow": ((0, 18), "center"), "v11_quarter": ((0, -18), "center"), "v11_tenth": ((8, 4), "left"),
+         "tenth_wide": ((8, -4), "left")}  # labels that would meet
+
+
 def draw_arms(study, labels, title):
     """The last validation loss of each arm, {name: label}, against the parameters in its linear layers."""
     figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -682,13 +685,13 @@ def draw_arms(study, labels, title):
         losses, at = study.values(name, last_loss), study.mean(name, linear_parameters)
         color, left = plot_logs.COLORS[study.groups[name].first.family], at > 2
         axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
-        axes.annotate(label, (at, fmean(losses)), (-8 if left else 8, 0), textcoords="offset points", va="center",
-                      ha="right" if left else "left", color=color)
+        place, side = APART.get(name, ((-8 if left else 8, 0), "right" if left else "left"))
+        axes.annotate(label, (at, fmean(losses)), place, textcoords="offset points", va="center", ha=side, color=color)
     axes.set(xscale="log", xlabel="million parameters in the linear layers",
              ylabel="last validation loss (nats per token)", title=title)
     plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
-    axes.annotate("mean of the seeds, and two standard errors", (1, 0), xycoords="axes fraction", xytext=(-4, 4),
-                  textcoords="offset points", ha="right", fontsize=8, color="#444444")
+    axes.annotate("mean of the seeds, and two standard errors", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
+                  textcoords="offset points", ha="right", va="top", fontsize=8, color="#444444")
     return figure
 
 
@@ -701,7 +704,9 @@ def steps_figure(study):
 
 def budget_figure(study):
     """v11 and what it competes with."""
-    return draw_arms(study, BUDGETED, "Validation loss against parameters")
+    finding = ("At a tenth of its linear parameters v11 keeps up with the\n"
+               "dense model with AdamW, not with the one with Muon")
+    return draw_arms(study, BUDGETED, finding if study.is_reference else "Validation loss against parameters")
 
 
 def compressed_figure(study):

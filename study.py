@@ -98,9 +98,10 @@ ARMS = {
        for rank in (64, 16) for optimizer in ("adamw", "muon", "spectron")},
     **{f"rank{rank}_selfguided": f"selfguided {STEPS} --factor-decay 0 --init-rank {rank}" for rank in (64, 16)}}
 # A budget of 9.4% of the dense model's linear parameters is that of rank 16 in the small size.
+TENTH = f"v11 {STEPS} --factor-decay 0 --rank-budget 0.09375"
 CHANGING = {  # arms whose ranks change
     "v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}",
-    "v11_tenth": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.09375",
+    "v11_tenth": f"{TENTH} --init-rank 64",
     "v11_quarter": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.25 --init-rank {{wide}}"}
 TUNED = ARMS | CHANGING
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
@@ -132,14 +133,14 @@ CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --wa
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
 CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # next to no decay
-TENTH = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
+CUT = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
 BUDGETED = {
     **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},
-    "tenth_wide": f"{TENTH} --init-rank {{wide}}", "tenth_once": f"{TENTH} --cuts 1",
-    "tenth_plain": f"{TENTH} --cut-metric plain",
-    **{f"tenth_{signal}": f"{TENTH} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
-    "tenth_plain_uniform": f"{TENTH} --cut-metric plain --rank-signal uniform",
-    "tenth_afresh": f"{TENTH} --cuts 0 --ranks-from {{v11_tenth.log}}",
+    "tenth_wide": f"{CUT} --init-rank {{wide}}", "tenth_once": f"{CUT} --cuts 1",
+    "tenth_plain": f"{CUT} --cut-metric plain",
+    **{f"tenth_{signal}": f"{CUT} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
+    "tenth_plain_uniform": f"{CUT} --cut-metric plain --rank-signal uniform",
+    "tenth_afresh": f"{TENTH} {{v11_tenth.3}} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",

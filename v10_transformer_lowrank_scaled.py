@@ -2094,7 +2094,7 @@ def add_rank_flags(parser):
     group = parser.add_argument_group("ranks")
     start, flag = group.add_mutually_exclusive_group().add_argument, group.add_argument
     start("--init-rank", type=COUNT, default=64,
-          help="rank of every layer at the start; None: a quarter of the width")
+          help="rank of every layer at the start; None: half of the width")
     start("--ranks-from", type=PATH, metavar="LOG",
           help="each layer starts at the rank that it has at the end of this log")
     flag("--min-rank", type=COUNT, default=RankController.min_rank, help="smallest rank")

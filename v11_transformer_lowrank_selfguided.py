@@ -60,7 +60,7 @@ class SelfGuided(v11.LowRankSpectron):
     name = "v11_transformer_lowrank_selfguided.py"
     log_file = "logs/v11_selfguided.jsonl"
     description = "Trains a GPT of low rank beside a dense guide that fades out."
-    defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw", "cuts": 0}
+    defaults = v11.LowRankSpectron.defaults | {"optimizer": "adamw", "cuts": 0, "init_rank": 64}
 
     def complete(self, args):
         super().complete(args)

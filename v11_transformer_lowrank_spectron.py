@@ -10,13 +10,13 @@ v10's model with four changes; the first two are from "Stabilizing Native Low-Ra
 
 2. The factors start as the best approximation of a dense layer's own start, evenly split (spectral initialisation).
 3. The head is the token embedding's matrix (a tied head). `--no-tie-embeddings` keeps them apart.
-4. The ranks are cut six times, from a quarter of the width down to a tenth of a dense model's linear parameters. Each
-   cut takes those directions of all layers that matter least to the loss per parameter: s_i^2 / (m + n), where the s_i
+4. The ranks are cut six times, from half of the width down to a tenth of a dense model's linear parameters. Each cut
+   takes those directions of all layers that matter least to the loss per parameter: s_i^2 / (m + n), where the s_i
    are the singular values of W in the Fisher metric of its inputs and of its outputs' gradients.
 
     python3 v11_transformer_lowrank_spectron.py                             at the report's size
-    python3 v11_transformer_lowrank_spectron.py --init-rank 256 --rank-budget 0.25      down to a quarter
-    python3 v11_transformer_lowrank_spectron.py --cuts 0                    rank 128 in all layers, to the end
+    python3 v11_transformer_lowrank_spectron.py --rank-budget 0.25          down to a quarter
+    python3 v11_transformer_lowrank_spectron.py --cuts 0 --init-rank 64     rank 64 in all layers, to the end
     python3 v11_transformer_lowrank_spectron.py --cuts 0 --no-fixed-rank    v10's controller instead
     python3 v11_transformer_lowrank_spectron.py --optimizer muon            without the renormalisation by norms
     python3 v11_transformer_lowrank_spectron.py --optimizer adamw           AdamW on all parameters, as in v10
@@ -502,7 +502,7 @@ class LowRankSpectron(v10.Variant):
     def complete(self, args):
         complete_eta(args)
         if args.init_rank is None and not args.ranks_from:
-            args.init_rank = max(1, min(args.d_model, args.d_ff) // 4)
+            args.init_rank = max(1, min(args.d_model, args.d_ff) // 2)  # cut, it ends lower than a quarter (RESULTS.md)
         if not args.cuts:
             return
         if args.optimizer_on_resize == "reinit":

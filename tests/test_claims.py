@@ -122,20 +122,81 @@ SENTENCES = [  # of RESULTS.md's section on v11, their numbers computed here
             f"{weight_norm('undecayed_rank64_adamw', 1)} to {weight_norm('undecayed_rank64_adamw', 15)}.",
     lambda: f"the largest is {largest_share_of_eta():.2f} of the eta of its step",
 ]
+def signed(name, other):
+    differences = STUDY.differences(name, other, last_loss)
+    return f"{fmean(differences):+.3f} \N{PLUS-MINUS SIGN} {results.standard_error(differences):.3f}"
+
+
+def interval(name, other):
+    """The 95% interval of the difference of two arms."""
+    return "{:+.3f} to {:+.3f}".format(*results.interval(STUDY.differences(name, other, last_loss)))
+
+
+def jump(arm, cuts=slice(None)):
+    """The largest change of the validation loss by one of these cuts, over the seeds."""
+    return max(abs(cut["val_loss"] - cut["val_loss_before"])
+               for run in STUDY.groups[arm].runs for cut in run.cuts[cuts])
+
+
+def least_before(arm, cut):
+    """The mean rank before a cut, over the seeds."""
+    return fmean(fmean(run.cuts[cut]["ranks_before"]) for run in STUDY.groups[arm].runs)
+
+
+def final_ranks(arm, kind=""):
+    """All layers' ranks at the end, over the seeds; of the layers whose name ends so."""
+    return [rank for run in STUDY.groups[arm].runs for layer, rank in zip(
+        run.settings["layers"], run.epochs[-1]["ranks"], strict=True) if layer["name"].endswith(kind)]
+
+
+def times():
+    costs = [STUDY.costs["over_dense"][name] for name in ("v11_tenth", "v11_quarter", "dense_muon")]
+    return ("{:.2f} to {:.2f} times as long as the dense one with AdamW, and the dense one with Muon {:.2f} times"
+            ).format(*costs)
+
+
+SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
+    lambda: f"With 9.4% of the dense model's linear parameters, v11 is level with the dense model with AdamW: "
+            f"{signed('v11_tenth', 'dense_adamw')} nats from rank 64 (95% interval: "
+            f"{interval('v11_tenth', 'dense_adamw')}), {signed('tenth_wide', 'dense_adamw')} from rank 128 "
+            f"({interval('tenth_wide', 'dense_adamw')}).",
+    lambda: f"With 25% it is below it, by {by('v11_quarter', 'dense_adamw')} "
+            f"({interval('v11_quarter', 'dense_adamw')}).",
+    lambda: f"The dense model with Muon stays ahead, by {by('dense_muon', 'tenth_wide')} and "
+            f"{by('dense_muon', 'v11_quarter')}:",
+    lambda: f"For rank 16 the first are worth {by('rank16_spectron', 'rank16_adamw')} nats over AdamW's.",
+    lambda: f"From 64, cut to a tenth, the loss is {by('v11_tenth', 'rank16_spectron')} nats lower than with rank 16 "
+            f"throughout, and from 128 another {by('tenth_wide', 'v11_tenth')} lower; to a quarter, 128 is worth "
+            f"{by('v11_quarter', 'quarter_narrow')} over 64.",
+    lambda: f"trained from the start, they do no better than 16 in all layers "
+            f"({signed('tenth_afresh', 'rank16_spectron')}).",
+    lambda: f"It is worth {by('v11_tenth', 'tenth_plain')} nats against cuts of the smallest singular values of W.",
+    lambda: f"one rank for all layers does as well ({signed('tenth_uniform', 'v11_tenth')}), and one cut as well as "
+            f"six ({signed('tenth_once', 'v11_tenth')}).",
+    lambda: f"the stable rank costs {by('v11_tenth', 'tenth_stable')}, energy {by('v11_tenth', 'tenth_energy')}, "
+            f"groups of gradients {by('v11_tenth', 'tenth_gradient')}.",
+    lambda: f"it ends {by('v11_tenth', 'v10_transport')} nats above v11, with "
+            f"{ratio('v10_transport', 'v11_tenth'):.0%} of its linear parameters; as in the report, "
+            f"{by('v11_tenth', 'v10_report')} above it.",
+    lambda: f"the first four cuts move the loss by {jump('v11_tenth', slice(4)):.4f} at most in the Fisher metric, and "
+            f"by {jump('tenth_plain', slice(4)):.4f} in the plain one.",
+    lambda: f"The last two, by which the ranks fall below {least_before('v11_tenth', 4):.0f} on average, raise it by "
+            f"up to {jump('v11_tenth', slice(4, 6)):.3f}",
+    lambda: f"The ranks at the end lie between {min(final_ranks('v11_tenth'))} and {max(final_ranks('v11_tenth'))}: "
+            f"{fmean(final_ranks('v11_tenth', '0.up') + final_ranks('v11_tenth', '0.down')):.0f} on average in the "
+            "feed-forward layers of the first block, "
+            f"{fmean(final_ranks('v11_tenth', '3.q') + final_ranks('v11_tenth', '3.k')):.0f} in Q and K of the last.",
+]
 IN_README = [
-    lambda: f"rank 64 (38% of the linear parameters) ends {by('rank64_spectron', 'dense_adamw')} nats below the dense "
-            f"model with AdamW and {by('dense_muon', 'rank64_spectron')} above the one with Muon; without Spectron, "
-            f"with AdamW, it ends {by('dense_adamw', 'rank64_adamw')} above the first.",
+    lambda: f"Its loss is {by('tenth_wide', 'dense_adamw')} nats lower, and at a quarter "
+            f"{by('v11_quarter', 'dense_adamw')}. The dense model with Muon stays {by('dense_muon', 'v11_quarter')} "
+            "ahead.",
 ]
 
 
 def measured(name):
     """[the median of a ratio of bench.py's, for float32 and bfloat16]"""
     return [found["measured"][name]["median"] for found in BENCH["dtypes"].values()]
-
-
-def large_product(dtype):
-    return median(times["floor"]["seconds"] for times in BENCH["dtypes"][dtype]["rounds"][1:])
 
 
 def clearly(lower, higher):
@@ -151,13 +212,12 @@ def first_step(run):
 CLAIMS = [  # page, phrase, what it rests on
     ("README", "With a twelfth of the dense model's parameters",
      lambda: round(ratio("tuned_dense", "tuned_transport")) == 12),
-    ("README", "validation loss is 0.20 nats higher",
+    ("README", "its loss is 0.20 nats higher",
      lambda: round(MEAN["tuned_transport"] - MEAN["tuned_dense"], 2) == 0.20),
-    ("README", "The report's default comes last of six configurations**, by best loss",
+    ("README", "its default comes last of six configurations",
      lambda: len(results.NAMES) == 6 and in_both(lambda prefix: place("adaptive", prefix) == 6)),
     ("README", "it is worth 0.14 nats",
      lambda: round(MEAN["tuned_adaptive"] - MEAN["tuned_transport"], 2) == 0.14),
-    ("README", "and comes third", lambda: in_both(lambda prefix: place("transport", prefix) == 3)),
     ("README", "stays at a loss of 6.14; without it, it falls to 1.98",
      lambda: (round(MEAN["adaptive"], 2), round(MEAN["bidirectional"], 2)) == (6.14, 1.98)),
     ("README", "the adaptive ones predict the replacement in 76% of cases",
@@ -165,7 +225,7 @@ CLAIMS = [  # page, phrase, what it rests on
     ("README", "Our unmasked runs collapse too, dense ones first",
      lambda: max(STUDY.collapses("bidirectional_dense")) < min(STUDY.collapses("bidirectional")
                                                                + STUDY.collapses("bidirectional_fixed"))),
-    ("README", "falls from 64 to between 10 and 22",
+    ("RESULTS", "falls from 64 to between 10 and 22",
      lambda: (lambda ranks: (min(ranks), max(ranks)) == (10, 22))(STUDY.groups["tuned_transport"].first.final_ranks)),
     ("README", "unmasked runs fall to between 0.8 and 2 nats",
      lambda: all(0.8 < MEAN[f"bidirectional{kind}"] < 2 for kind in ("", "_fixed", "_dense"))),
@@ -217,12 +277,7 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: highest_is_o("long") == [True] * 3 and sum(lowest_are_q_and_k("transport")) == 2),
     ("RESULTS", "the others have overfitted and it is third",
      lambda: sorted(results.NAMES, key=lambda name: STUDY.mean(name, last_loss)).index("adaptive") == 2),
-    ("README", "Counting pairs of words reaches 5.989: of the low-rank models, only tuned rank 64 beats it",
-     lambda: round(STUDY.ngrams["val"]["bigram"], 3) == 5.989 and [
-         prefix + name for prefix in results.SETTINGS for name in results.NAMES
-         if name != "dense" and MEAN[prefix + name] < STUDY.ngrams["val"]["bigram"]] == ["tuned_fixed"]),
-    ("README", "In the time of a tuned adaptive run, the dense model reaches 5.921",
-     lambda: round(fmean(results.equal_time(STUDY, "tuned_")[0].values()), 3) == 5.921),
+    ("README", "Counting pairs of words reaches 5.989", lambda: round(STUDY.ngrams["val"]["bigram"], 3) == 5.989),
     ("README", "they reach 0.49", lambda: round(MEAN["synthetic_bidirectional"], 2) == 0.49),
     ("RESULTS", "In the report Q and K have the lowest mean ranks, and O the highest of the attention projections",
      lambda: sorted(plot_logs.REPORT_MEANS.values())[:2] == [plot_logs.REPORT_MEANS[name] for name in "QK"]
@@ -237,7 +292,7 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "dropout 0.1, 40 steps of warm-up, then a cosine",
      lambda: [STUDY.groups["tuned_dense"].first.settings[name] for name in ("dropout", "warmup_steps", "lr_schedule")]
      == [0.1, 40, "cosine"]),
-    ("README", "seven tries each", lambda: len(results.TRIES) == 7),
+    ("README", "Each had seven tries on another seed", lambda: len(results.TRIES) == 7),
     ("RESULTS", "It is worth 0.05 nats to the dense model with AdamW, 0.17 with Muon, and 0.12 to rank 64 with "
      "Spectron",
      lambda: [round(worth_of_decay(arm), 2) for arm in ("dense_adamw", "dense_muon", "rank64_spectron")]
@@ -261,8 +316,6 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "takes 1.00 times as long as with AdamW in float32, and 1.03 times in bfloat16",
      lambda: [f"{ratio:.2f}" for ratio in measured("step time of v10 with v11's optimizer / with AdamW")]
      == ["1.00", "1.03"]),
-    ("RESULTS", "a large product is 2.3 times as fast in bfloat16",
-     lambda: round(large_product("float32") / large_product("bfloat16"), 1) == 2.3),
     ("RESULTS", "reads and writes twice as fast as the dense one, or more",
      lambda: all(round(ratio) >= 2 for name in ("evaluate", "generate")
                  for ratio in measured(f"time to {name} with v7 / with v7 cut to a quarter"))),
@@ -270,6 +323,16 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: all(found["randomised"][1] < 1.0025 for found in BENCH["svds"].values())
      and round(BENCH["svds"]["4,096 x 4,096 at rank 128"]["exact"][0]
                / BENCH["svds"]["4,096 x 4,096 at rank 128"]["randomised"][0]) in (24, 25)),
+    ("RESULTS", "Spectron's steps bring most, a wide start comes second",
+     lambda: [row[1:] for row in sorted(results.BROUGHT[:-1], key=lambda row: fmean(STUDY.differences(
+         *row[1:], last_loss)))][:2] == [("rank16_spectron", "rank16_adamw"), ("v11_tenth", "rank16_spectron")]
+     and all(clearly(*pair) for pair in (("tenth_wide", "v11_tenth"), ("v11_quarter", "quarter_narrow"),
+                                         ("v11_tenth", "tenth_plain")))),
+    ("RESULTS", "Not in these small models: 1.15 times at rank 64, 1.05 times at rank 16",
+     lambda: [f"{STUDY.costs['over_dense'][f'{rank}_spectron'] / STUDY.costs['over_dense'][f'{rank}_adamw']:.2f}"
+              for rank in ("rank64", "rank16")] == ["1.15", "1.05"]),
+    ("RESULTS", "One budget over all layers brings nothing here",
+     lambda: not clearly("v11_tenth", "tenth_uniform") and not clearly("v11_tenth", "tenth_once")),
     ("RESULTS", "Holds for rank 64 against AdamW; not against Muon, and not for rank 16",
      lambda: clearly("rank64_spectron_equal_flop", "dense_adamw") and not clearly(
          "rank64_spectron_equal_flop", "dense_muon") and not clearly("rank16_spectron_equal_flop", "dense_adamw")),
@@ -282,11 +345,23 @@ def test_the_logs_say_what_the_page_says(page, phrase, holds):
     assert holds()
 
 
-@pytest.mark.skipif("steps" not in results.available(STUDY)[0], reason="its runs are not complete yet")
-@pytest.mark.parametrize(("page", "sentence"), [*(("RESULTS", sentence) for sentence in SENTENCES),
-                                                *(("README", sentence) for sentence in IN_README)])
+@pytest.mark.parametrize(("page", "sentence"), [
+    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, times]),
+    *(("README", sentence) for sentence in IN_README)])
 def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
     assert sentence() in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())
+
+
+def test_v11_meets_the_mark_that_was_set_before_it_was_run():
+    """At a tenth the 95% interval of the difference to the better dense model with AdamW is below 0.03, at a quarter
+    below 0; against the dense model with Muon it is not."""
+    dense = {kind: min((f"dense_{kind}", f"dense_{kind}_tied"), key=lambda name: STUDY.mean(name, last_loss))
+             for kind in ("adamw", "muon")}
+    highest = {name: [results.interval(STUDY.differences(name, other, last_loss))[1] for other in dense.values()]
+               for name in ("v11_tenth", "v11_quarter")}
+    assert highest["v11_tenth"][0] < 0.03
+    assert highest["v11_quarter"][0] < 0 < highest["v11_quarter"][1]
+    assert STUDY.mean("v11_tenth", linear_parameters) < 0.1 * STUDY.mean("dense_adamw", linear_parameters)
 
 
 def test_the_titles_of_the_figures_hold():

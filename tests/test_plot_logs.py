@@ -465,8 +465,9 @@ def test_make_plots_takes_names_with_spaces(report, tmp_path):
     (tmp_path / "logs").mkdir()
     shutil.copy(report, tmp_path / "logs" / "my run.jsonl")
     shutil.copy(ROOT / "plot_logs.py", tmp_path)
-    subprocess.run(["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}"], cwd=tmp_path,
-                   check=True, capture_output=True)
+    done = subprocess.run(["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}"], cwd=tmp_path,
+                          check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
 
 

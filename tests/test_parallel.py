@@ -182,6 +182,7 @@ def test_when_a_machine_is_lost_the_other_ends_and_the_run_goes_on_with_two_or_w
     agent = both[victim].pid
     for pid in (*map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()), agent):
         os.kill(pid, signal.SIGKILL)
+    both[victim].communicate()
     said, _ = both[1 - victim].communicate(timeout=120)
     assert both[1 - victim].returncode == 1
     assert f"process {1 - victim}: error: the connection to another process is lost" in said

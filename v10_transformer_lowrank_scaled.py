@@ -610,10 +610,12 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str, vocab_size: int, offset: int = 0):
         self.path, self.vocab_size, self.tokens = path, vocab_size, np.memmap(path, dtype, "r", offset)
 
-    def part(self, start, stop):
-        part = copy(self)
-        part.tokens = self.tokens[start:stop]
-        return part
+    def tensor_split(self, places):
+        """As a tensor's: the parts between these places, nothing read yet."""
+        parts = [copy(self) for _ in (*places, None)]
+        for part, tokens in zip(parts, np.split(self.tokens, places), strict=True):
+            part.tokens = tokens
+        return parts
 
     def to(self, device):
         return self
@@ -627,6 +629,11 @@ class TokenFile:
         if tokens.numel() and tokens.max() >= self.vocab_size:
             raise UserError(f"{self.path} has the token {tokens.max():,}, beyond its vocabulary of {self.vocab_size:,}")
         return tokens
+
+
+def split(tokens: Tensor | TokenFile, val_fraction: float) -> tuple:
+    """Tokens (N,) -> those that train, and the rest, which validate."""
+    return tokens.tensor_split([int((1 - val_fraction) * len(tokens))])
 
 
 class Corpus(NamedTuple):
@@ -659,11 +666,10 @@ def load_corpus(path: Path, val_fraction: float, block_size: int, tokenize: str 
             count = Counter(words)
             words = [word if count[word] >= min_count else "<unk>" for word in words]
         vocabulary = sorted(set(words))
-        train, val = encode(words, vocabulary).tensor_split([int((1 - val_fraction) * len(words))])
         known = (sha256, val_fraction, tokenize, min_count)
         floor = entropy_floor(lambda: json.loads(path.with_suffix(".json").read_text(encoding="utf-8")),
                               lambda sidecar: known == (sidecar["sha256"], sidecar["val_fraction"], "words", 1))
-        corpus = Corpus(train, val, vocabulary, sha256, floor, tokenize)
+        corpus = Corpus(*split(encode(words, vocabulary), val_fraction), vocabulary, sha256, floor, tokenize)
     hint = ", or --tokenize chars if it has no spaces" if corpus.tokenize == "words" else ""
     for name, tokens in (("training", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= block_size:
@@ -738,10 +744,8 @@ def read_prepared(index, val_fraction, vocab_size):
     except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{index} is damaged: data/prepare.py writes it anew") from None
     tokens = token_file(index.with_name("tokens.bin"), dtype, len(vocabulary), expected=n)
-    middle = int((1 - val_fraction) * n)
     floor = entropy_floor(lambda: content, lambda content: content["val_fraction"] == val_fraction)
-    return Corpus(tokens.part(0, middle), tokens.part(middle, n), vocabulary, hashlib.sha256(data).hexdigest(), floor,
-                  tokenize)
+    return Corpus(*split(tokens, val_fraction), vocabulary, hashlib.sha256(data).hexdigest(), floor, tokenize)
 
 
 def read_numbers(path, val_fraction, vocab_size):
@@ -763,9 +767,7 @@ def read_numbers(path, val_fraction, vocab_size):
         train, val = (read_numbered(file, vocab_size) if holds_tokens(file) else token_file(file, "<u2", vocab_size)
                       for file in files)
     else:
-        tokens = read_numbered(path, vocab_size)
-        middle = int((1 - val_fraction) * len(tokens))
-        train, val = tokens.part(0, middle), tokens.part(middle, None)
+        train, val = split(read_numbered(path, vocab_size), val_fraction)
     for tokens in (train, val):
         tokens[:FIRST_LOOK]
     return Corpus(train, val, list(range(vocab_size)), digest.hexdigest(), None, "numbers")
@@ -1189,8 +1191,8 @@ def begin(run):
             "vocab_size": len(corpus.vocabulary)},
             device_name=device_name(run.device), dtype_reason=run.dtype_reason,
             versions={"python": platform.python_version(), "torch": torch.__version__},
-            train_tokens=len(corpus.train),
-            parameters=parameters, factor_parameters=layer_parameters, initial_ranks=model.ranks(),
+            train_tokens=len(corpus.train), parameters=parameters, factor_parameters=layer_parameters,
+            initial_ranks=model.ranks(),
             layers=[{"name": name, "shape": list(layer.shape)} for name, layer in model.linears().items()],
             leak_check=leak, entropy_floor=corpus.entropy_floor)
     setup = [device_name(run.device), *([f"{process_count()} processes"] if process_count() > 1 else []),

@@ -80,11 +80,12 @@ def read_words(path, tokenize, digest, bar):
 def choose_vocabulary(counts, min_count, max_vocab):
     """{word: its count} -> the sorted vocabulary. Words that occur less than min_count times, and the rarest beyond
     max_vocab, become <unk>."""
-    kept = [word for word, n in counts.items() if n >= min_count]
-    if max_vocab and len({*kept, "<unk>"} if len(kept) < len(counts) else kept) > max_vocab:
-        kept = sorted((word for word in kept if word != "<unk>"), key=lambda word: (-counts[word], word))
-        kept = kept[:max_vocab - 1]
-    return sorted({*kept, "<unk>"} if len(kept) < len(counts) else kept)
+    kept = {word for word, n in counts.items() if n >= min_count}
+    if len(kept) < len(counts):
+        kept.add("<unk>")
+    if max_vocab and len(kept) > max_vocab:
+        kept = {"<unk>", *sorted(kept - {"<unk>"}, key=lambda word: (-counts[word], word))[:max_vocab - 1]}
+    return sorted(kept)
 
 
 def floor_of(path, sha256):

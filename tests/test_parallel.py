@@ -31,12 +31,15 @@ def assert_same_training(ours, theirs, dtype="float32"):
             assert other[name] == pytest.approx(one[name], rel=loss)
 
 
-def two_processes(text, log, *flags):
-    """Two processes as torchrun starts them, without torchrun, which would end one after the other -> both."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        return str(free.getsockname()[1])
+
+
+def two_processes(text, log, *flags):
+    """Two processes as torchrun starts them, without torchrun, which would end one after the other -> both."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test",
               "OMP_NUM_THREADS": "1"}
     return [subprocess.Popen([sys.executable, V10, "--data-file", text, "--log-file", log, *SMALL, *RANKS, *flags],
                              env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
@@ -45,11 +48,9 @@ def two_processes(text, log, *flags):
 
 def agents(script, text, log, *flags):
     """Two machines as torchrun knows them, both of them this one, a process on each -> their agents."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [subprocess.Popen([*TORCHRUN[:3], "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1",
-                              "--master-addr", "127.0.0.1", "--master-port", str(port), script, "--data-file", text,
+                              "--master-addr", "127.0.0.1", "--master-port", port, script, "--data-file", text,
                               "--log-file", log, *SMALL, *RANKS, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
 

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+import counts  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 import v11_transformer_lowrank_spectron as v11  # noqa: E402
-from results import token_multiplications  # noqa: E402
 
 LARGE = 2048  # side of the large matrix product
 
@@ -176,11 +176,9 @@ def truncated_svds(m, n, k, generator):
 def step_flop(args, rank):
     """Floating-point operations in the products of a training step, by part: two per multiplication, and a backward
     pass costs two forward ones."""
-    C, tokens = args.d_model, args.batch_size * args.block_size
-    shapes = args.n_layers * [*4 * [(C, C)], (4 * C, C), (C, 4 * C)]
-    forward = token_multiplications(vars(args) | {"vocab_size": args.words, "layers": [
-        {"shape": shape} for shape in shapes]}, [rank] * len(shapes))
-    return {part: 6 * tokens * count for part, count in forward.items()}
+    settings = counts.settings_of(args.d_model, args.n_layers, args.words, args.block_size, args.batch_size)
+    forward = counts.token_multiplications(settings, [rank] * len(settings["layers"]))
+    return {part: 6 * args.batch_size * args.block_size * count for part, count in forward.items()}
 
 
 def seconds(action, times=1):

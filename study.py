@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+import counts  # noqa: E402
 import plot_logs  # noqa: E402
 import results  # noqa: E402
 import v7_transformer_dense_baseline as v7  # noqa: E402
@@ -280,12 +281,11 @@ class Study:
     def equal_flop_epochs(self, rank):
         """The epochs in which layers of a rank, stepped by Spectron, cost as many multiplications as dense ones,
         stepped by AdamW, in those of the size."""
-        C, F, n_layers = self.defaults.d_model, self.defaults.d_ff, self.defaults.n_layers
-        shapes = n_layers * [*4 * [(C, C)], (F, C), (C, F)]
-        settings = vars(self.defaults) | {"vocab_size": len(self.corpus().vocabulary),
-                                          "layers": [{"shape": shape} for shape in shapes]}
-        dense = results.step_multiplications(settings, None)
-        factored = results.step_multiplications(settings | {"optimizer": "spectron"}, [rank] * len(shapes))
+        size = self.defaults
+        settings = counts.settings_of(size.d_model, size.n_layers, len(self.corpus().vocabulary), size.block_size,
+                                      size.batch_size, size.d_ff)
+        dense = counts.step_multiplications(settings, None)
+        factored = counts.step_multiplications(settings | {"optimizer": "spectron"}, [rank] * len(settings["layers"]))
         return round(self.defaults.epochs * dense / factored)
 
     def corpus(self):
@@ -534,7 +534,7 @@ def measure_step_costs(study, rounds=25):
             (arm, False): 0.25, (arm, True): 0.25, (arm.replace("selfguided", "adamw"), None): 0.5}
     for arm in results.BUDGETED.keys() - ARMS.keys():
         run = plot_logs.read_log(study.log(Run(arm, UNSEEN[0]).stem), arm, 64)
-        stages = results.ranks_of_steps(run)
+        stages = counts.ranks_of_steps(run)
         chosen = [stages[i * (len(stages) - 1) // 7] for i in range(8)] if len(stages) > 8 else stages
         args = study.parse(COMMANDS[arm])
         for i, (_, ranks) in enumerate(chosen):

@@ -90,6 +90,36 @@ def token_losses(generator, pieces):
         yield -np.log(masses) - np.log(generator.words[tokens])
 
 
+def stationary(generator):
+    """The joint distribution of a token's topic and class far from the beginning -> (topics, classes)."""
+    n_topics, n_classes, _ = generator.transitions.shape
+    share, change = np.full((n_topics, n_classes), 1 / (n_topics * n_classes)), 1.0
+    while change > 1e-13:
+        before = (1 - generator.switch) * share + generator.switch * share.mean(0)  # the topic is drawn, then the class
+        after = np.einsum("kc,kcd->kd", before, generator.transitions)
+        share, change = after, np.abs(after - share).sum()
+    return share
+
+
+def block_losses(generator, tokens, context):
+    """-log P(token | the tokens before it in its block) under the true generator: what a reader loses at least whose
+    context is a block of so many inputs. tokens (N,), cut as v10's evaluation cuts them -> nats (N - 1,)."""
+    n_topics, n_classes, _ = generator.transitions.shape
+    whole = (len(tokens) - 1) // context * context
+    classes = np.lib.stride_tricks.sliding_window_view(tokens[:whole + 1] % n_classes, context + 1)[::context]
+    belief = stationary(generator).T[classes[:, 0]]  # (blocks, topics)
+    belief /= belief.sum(1, keepdims=True)
+    masses = np.empty((len(classes), context))
+    for i in range(context):
+        prior = (1 - generator.switch) * belief + generator.switch / n_topics
+        joint = prior * generator.transitions[:, classes[:, i], classes[:, i + 1]].T
+        masses[:, i] = joint.sum(1)
+        belief = joint / masses[:, i, None]
+    losses = -np.log(masses).ravel() - np.log(generator.words[tokens[1:whole + 1]])
+    rest = tokens[whole:]
+    return losses if len(rest) < 2 else np.concatenate([losses, block_losses(generator, rest, len(rest) - 1)])
+
+
 def spell(n_words, rng):
     """n_words distinct words of two or more syllables, in random order."""
     length = next(n for n in itertools.count(2) if len(SYLLABLES) ** n >= 2 * n_words)
@@ -125,8 +155,13 @@ def write(args):
                 rest = words[whole:]
                 digest.update(data)
                 file.write(data)
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "context")}
+        if args.context:
+            step = args.context * 2**12
+            of_blocks = [block_losses(generator, drawn[i:i + step + 1].astype(np.int64), args.context)
+                         for i in range(first - 1, at - 1, step)]
+            settings |= {"context": args.context, "context_floor": float(np.concatenate(of_blocks).mean())}
         del drawn  # Windows keeps a file that is mapped
-        settings = {name: value for name, value in vars(args).items() if name != "out"}
         sidecar.write_text(json.dumps({
             "sha256": digest.hexdigest(), "entropy_floor": float(floor), "unit": "nats per token",
             "perplexity_floor": float(np.exp(floor)), **settings}, indent=1) + "\n", encoding="utf-8")
@@ -148,6 +183,7 @@ def main(argv=None):
     parser.add_argument("--classes", type=int, default=20, help="word classes")
     parser.add_argument("--switch", type=float, default=0.01, help="chance of a new topic at a token")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="held-out share, for which the floor holds")
+    parser.add_argument("--context", type=int, help="also the floor of a reader who sees blocks of so many inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=lambda name: Path(name).expanduser(),
                         default=Path(__file__).with_name("synthetic.tokens"))
@@ -159,6 +195,8 @@ def main(argv=None):
                            (not 0 <= args.switch <= 1, "--switch must be between 0 and 1"),
                            (not 0 < args.val_fraction < 1, "--val-fraction must be between 0 and 1"),
                            (args.seed < 0, "--seed must not be negative"),
+                           (args.context is not None and not 1 <= args.context <= 10**6,
+                            "--context must be at least 1 and at most a million"),
                            ((1 - args.val_fraction) * args.tokens <= args.words or args.val_fraction * args.tokens < 2,
                             "--tokens must leave room for the list of all --words and two held-out tokens"),
                            (not args.out.name, "--out needs the name of a file"),

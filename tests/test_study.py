@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import counts
 import plot_logs
 import results
 import study
@@ -321,7 +322,7 @@ def test_a_difference_is_between_runs_of_one_seed(tmp_path):
 
 
 def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):
-    for name in ("results.py", "plot_logs.py", "README.md", "RESULTS.md"):
+    for name in ("results.py", "counts.py", "plot_logs.py", "README.md", "RESULTS.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(REFERENCE, tmp_path / "logs" / "reference" / "study")
     done = subprocess.run([sys.executable, "results.py", "--study", "logs/reference/study"], cwd=tmp_path,
@@ -364,14 +365,14 @@ def test_the_multiplications_of_a_run_follow_its_ranks_step_by_step():
     run = plot_logs.Run("r", settings=settings, epochs=[{"epoch": 1, "ranks": [2]}, {"epoch": 2, "ranks": [1]}],
                         cuts=[{"step": 5, "ranks_before": [3], "ranks": [2]},
                               {"step": 14, "ranks_before": [2], "ranks": [1]}])
-    assert results.ranks_of_steps(run) == [(5, [3]), (5, [2]), (4, [2]), (6, [1])]
+    assert counts.ranks_of_steps(run) == [(5, [3]), (5, [2]), (4, [2]), (6, [1])]
     token = {rank: 10 * rank + 4 * (10 + 3) for rank in (1, 2, 3)}
     of_steps = 3 * 6 * (5 * token[3] + 9 * token[2] + 6 * token[1])
-    assert results.multiplications(run) == of_steps + results.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
+    assert counts.multiplications(run) == of_steps + counts.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
     settings["optimizer"] = "spectron"
     newton_schulz = {rank: sum(5 * (2 * rank**2 * side + rank**3) for side in (4, 6)) for rank in (1, 2, 3)}
-    assert results.multiplications(run) == (
-        of_steps + results.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
+    assert counts.multiplications(run) == (
+        of_steps + counts.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)
         + 5 * newton_schulz[3] + 9 * newton_schulz[2] + 6 * newton_schulz[1])
-    assert sum(results.token_multiplications(settings, None).values()) == 24 + 4 * 13
-    assert results.CUT_TOKENS == v11.FISHER_TOKENS
+    assert sum(counts.token_multiplications(settings, None).values()) == 24 + 4 * 13
+    assert counts.CUT_TOKENS == v11.FISHER_TOKENS

@@ -46,6 +46,37 @@ def test_the_forward_algorithm_sums_over_all_topic_paths(switch):
     assert losses_of(generator, tokens) == pytest.approx(np.diff(losses), rel=1e-10)
 
 
+@pytest.mark.parametrize("switch", [0.0, 0.3, 1.0])
+def test_a_block_is_predicted_from_its_first_class_and_what_follows_in_it(switch):
+    generator, tokens, context = small(switch), np.array([3, 7, 0, 5, 6, 2, 1]), 4  # a block of 4 targets and one of 2
+    chain = np.array([[((1 - switch) * (j == k) + switch / 3) * generator.transitions[k, c, d]
+                       for k in range(3) for d in range(4)] for j in range(3) for c in range(4)])
+    share = np.full(12, 1 / 12) @ np.linalg.matrix_power(chain, 2**20)  # far from the beginning
+    share = (share / share.sum()).reshape(3, 4)
+    losses = []
+    for block in (tokens[:5], tokens[4:]):
+        classes, known = block % 4, []
+        for n in range(1, len(block) + 1):  # P(first n tokens of the block)
+            total = 0.0
+            for path in itertools.product(range(3), repeat=n):
+                p = share[path[0], classes[0]]
+                for t in range(1, n):
+                    p *= (1 - switch) * (path[t] == path[t - 1]) + switch / 3
+                    p *= generator.transitions[path[t], classes[t - 1], classes[t]] * generator.words[block[t]]
+                total += p
+            known.append(-math.log(total))
+        losses.extend(np.diff(known))
+    assert synthetic.block_losses(generator, tokens, context) == pytest.approx(losses, rel=1e-9)
+
+
+def test_the_floor_in_context_lies_above_the_entropy_and_meets_it_where_topics_say_nothing(tmp_path):
+    wide, narrow = (make(tmp_path, "--tokens", 20_000, "--words", 100, "--val-fraction", 0.5, "--context", context)[1]
+                    for context in (64, 4))
+    assert wide["entropy_floor"] < wide["context_floor"] < narrow["context_floor"]
+    one_topic = make(tmp_path, "--tokens", 20_000, "--words", 100, "--topics", 1, "--context", 4)[1]
+    assert one_topic["context_floor"] == pytest.approx(one_topic["entropy_floor"], rel=1e-12)
+
+
 def test_the_true_generator_predicts_its_own_text_better_than_any_other():
     text = sampled(small(0.02), 50_000, 1)
     own = losses_of(small(0.02), text).mean()

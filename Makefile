@@ -25,7 +25,7 @@ DEMO_RANKS := --init-rank 32 --min-rank 4
 DEMO_DIR ?= logs/demo
 DEMO_LOGS := v10.jsonl v10_bidirectional.jsonl v7.jsonl
 
-.PHONY: help setup data demo train reproduce baseline v11 plots study results bench test soak fuzz lint clean
+.PHONY: help setup data demo train reproduce baseline v11 plots study compress scaling results bench test soak fuzz lint clean
 
 help:           ## print this
 	@grep -E '^[a-z0-9]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -77,6 +77,13 @@ plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 study: $(READY) ## the 378 runs behind the results, on WikiText-2, two side by side; many hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
+
+compress: $(READY) ## of these, the trained models that compress.py cuts, three seeds of each; an hour or two
+	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
+	$(PY) study.py --only compressed_dense compressed_muon compressed_v11 $(ARGS)
+
+scaling: $(READY) ## 78 runs behind the scaling law, on a synthetic text, two side by side; hours, resumable
+	$(PY) scaling.py $(ARGS)
 
 results: $(READY) ## every table and figure of README.md and RESULTS.md, from logs/reference: a minute
 	$(PY) plot_logs.py $(addprefix logs/reference/demo/,$(DEMO_LOGS))

@@ -15,6 +15,7 @@ from statistics import fmean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+import law  # noqa: E402
 import plot_logs  # noqa: E402
 from counts import multiplications  # noqa: E402
 from plot_logs import DASH, LEAK, Cell, Group, LogError, Table, home, perplexity  # noqa: E402
@@ -76,6 +77,7 @@ class Study:
         self.compressed = defaultdict(list)  # {name: the records of each seed}
         for path in sorted(folder.glob("compress/*.jsonl")):
             self.compressed[path.stem.rpartition("_s")[0]].append(plot_logs.read_compression(path, path.stem).records)
+        self.scaling = law.read(law.scaling_folder(folder))
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes = defaultdict(list)
         for record in records:
@@ -701,7 +703,9 @@ def available(study):
     parts = [(True, TABLES, FIGURES), (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
-             (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION)]
+             (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
+             (study.scaling, *({name: lambda study, of=of: of(study.scaling) for name, of in some.items()}
+                               for some in (law.TABLES, law.FIGURES)))]
     has = [part for part in parts if part[0]]
     return ({name: table for _, tables, _ in has for name, table in tables.items()},
             {name: figure for *_, figures in has for name, figure in figures.items()})

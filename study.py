@@ -216,6 +216,10 @@ class Study:
     def done(self, run):
         return bool(self.records(run.stem, "end")) and not self.unprobed(run) and not self.uncompressed(run)
 
+    def describe(self, run):
+        """Its command, as far as it is known before other runs have ended."""
+        return " ".join(COMMANDS[run.name].split())
+
     def needs(self, run):
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
@@ -382,6 +386,13 @@ class Study:
             last = screen.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
             self.failed.append(f"{run.stem}: exit code {code}: {last}")
         return code
+
+    def measure(self):
+        """Measure the time of steps, once, if there are runs that ask for it."""
+        if not self.records("speed", "step_costs") and {*ARMS, *BUDGETED} <= {run.name for run in self.runs}:
+            measure_step_costs(self)
+        if not self.records("speed", "speed") and any("{speed" in COMMANDS[run.name] for run in self.later):
+            measure_speed(self)
 
     def stop(self):
         """End the runs that are going on; each saves where it stands."""
@@ -568,34 +579,36 @@ def main(argv=None):
                         help="one more held-out text; '' for none")
     parser.add_argument("--list", action="store_true", help="print each run, its command, and whether it is done")
     parser.add_argument("--short", action="store_true", help="tiny models, minutes in all, to check that all works")
+    return conduct(Study, parser, argv)
+
+
+def conduct(kind, parser, argv):
+    """Parse the command line of a study of this kind, and do or list what it asks for -> the exit code."""
+    name = parser.prog
     try:
-        study = Study(parser.parse_args(argv))
-        everything = [*study.runs, *study.later]
+        study = kind(parser.parse_args(argv))
         if study.args.list:
-            for run in everything:
-                print(f"{'done' if study.done(run) else '-':5} {run.stem:30} {' '.join(COMMANDS[run.name].split())}")
+            for run in [*study.runs, *study.later]:
+                print(f"{'done' if study.done(run) else '-':5} {run.stem:30} {study.describe(run)}")
             return 0
         study.out.mkdir(parents=True, exist_ok=True)
         v10.handle_signals(v10.interrupt)
         study.prepare()
         complete = study.all(study.runs)
         if complete:
-            if not study.records("speed", "step_costs") and {*ARMS, *BUDGETED} <= {run.name for run in study.runs}:
-                measure_step_costs(study)
-            if not study.records("speed", "speed") and any("{speed" in COMMANDS[run.name] for run in study.later):
-                measure_speed(study)
+            study.measure()
             complete = study.all(study.later)
         for failure in study.failed:
-            print(f"study.py: error: {failure}", file=sys.stderr)
+            print(f"{name}: error: {failure}", file=sys.stderr)
         return 0 if complete else 1
     except v10.UserError as error:
-        print(f"study.py: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"study.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{name}: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("study.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 

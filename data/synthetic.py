@@ -105,6 +105,7 @@ def block_losses(generator, tokens, context):
     """-log P(token | the tokens before it in its block) under the true generator: what a reader loses at least whose
     context is a block of so many inputs. tokens (N,), cut as v10's evaluation cuts them -> nats (N - 1,)."""
     n_topics, n_classes, _ = generator.transitions.shape
+    context = min(context, len(tokens) - 1)
     whole = (len(tokens) - 1) // context * context
     classes = np.lib.stride_tricks.sliding_window_view(tokens[:whole + 1] % n_classes, context + 1)[::context]
     belief = stationary(generator).T[classes[:, 0]]  # (blocks, topics)
@@ -117,7 +118,7 @@ def block_losses(generator, tokens, context):
         belief = joint / masses[:, i, None]
     losses = -np.log(masses).ravel() - np.log(generator.words[tokens[1:whole + 1]])
     rest = tokens[whole:]
-    return losses if len(rest) < 2 else np.concatenate([losses, block_losses(generator, rest, len(rest) - 1)])
+    return losses if len(rest) < 2 else np.concatenate([losses, block_losses(generator, rest, context)])
 
 
 def spell(n_words, rng):

@@ -322,7 +322,7 @@ def test_a_difference_is_between_runs_of_one_seed(tmp_path):
 
 
 def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):
-    for name in ("results.py", "counts.py", "plot_logs.py", "README.md", "RESULTS.md"):
+    for name in ("results.py", "counts.py", "law.py", "plot_logs.py", "README.md", "RESULTS.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(REFERENCE, tmp_path / "logs" / "reference" / "study")
     done = subprocess.run([sys.executable, "results.py", "--study", "logs/reference/study"], cwd=tmp_path,

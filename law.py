@@ -1,0 +1,215 @@
+"""The scaling law: what scaling.py's logs say of loss, size, tokens and compute. Tables and a figure for results.py.
+
+The loss is taken above the floor of the text: what the true generator loses if it sees no more than a block, as the
+models do. Compute is counted (counts.py), in multiplications. Two readings of Hoffmann et al. (2022):
+
+    isoFLOP     at one budget of compute C, log loss is a parabola in log N; its lowest point is the best size there,
+                and over the budgets N_opt ~ C^a, D_opt ~ C^b, loss ~ C^-c
+    parametric  loss = A N^-alpha + B D^-beta over all runs of an arm, without a constant, since the floor is known
+
+N are the parameters in the linear layers, or all of them, and D the tokens that were read. Intervals hold 95% of 1,000
+fits to resampled residuals: what a run's distance from its curve says, not what another text or another seed would.
+"""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import counts
+import plot_logs
+from plot_logs import DASH, Cell, Table
+
+ARMS = {"adamw": "dense, AdamW", "muon": "dense, Muon", "spectron": "rank d/4, Spectron"}
+COLORS = {"adamw": "dense", "muon": "controlled", "spectron": "cut"}  # of plot_logs' families
+PAPER = {"a": 0.479, "b": 0.521}  # Spectron's, of its low-rank models
+DRAWS = 1000
+
+
+class Arm(NamedTuple):
+    """The runs of an arm, (budgets, widths) each."""
+
+    compute: np.ndarray
+    linear: np.ndarray  # parameters in the linear layers
+    parameters: np.ndarray  # all of them
+    tokens: np.ndarray
+    loss: np.ndarray  # above the floor, in nats per token
+
+
+class Law(NamedTuple):
+    """Fits to an arm: each array begins with that to the runs, and DRAWS to resampled ones follow, (1 + DRAWS, ...)."""
+
+    N_opt: np.ndarray  # (..., budgets)
+    loss: np.ndarray  # at N_opt, (..., budgets)
+    exponents: dict  # {a, b, c, alpha, beta: (...,)}
+    parabolas: np.ndarray  # coefficients of the first fit, (budgets, 3), of log loss in log N
+
+
+# ---- Fits ------------------------------------------------------------------------------------------------------------
+
+def resampled(fitted, losses, freedom, draws, rng):
+    """Logarithms of losses (...), and as many again as `draws`: what was fitted with residuals drawn from all, widened
+    for the freedom that the fit took from them -> (1 + draws, ...)."""
+    residuals = (losses - fitted).ravel()
+    residuals *= (residuals.size / freedom) ** 0.5
+    drawn = rng.choice(residuals - residuals.mean(), size=(draws, *losses.shape))
+    return np.concatenate([losses[None], fitted + drawn])
+
+
+def slope(x, y):
+    """The slope of a line through y (..., n) over x (..., n), by least squares -> (...,)."""
+    x, y = (values - values.mean(-1, keepdims=True) for values in (x, y))
+    return (x * y).sum(-1) / (x * x).sum(-1)
+
+
+def isoflop(log_N, log_D, log_loss, log_C, draws=0, rng=None):
+    """Parabolas at each budget, and lines through what is lowest. Arguments (budgets, widths), log_C (budgets,)
+    -> (log N_opt, log loss there, exponents, the first parabolas). A lowest point beyond the widths that were run is
+    taken at the last of them."""
+    parabolas = np.array([np.polyfit(x, y, 2) for x, y in zip(log_N, log_loss, strict=True)])
+    fitted = np.array([np.polyval(p, x) for p, x in zip(parabolas, log_N, strict=True)])
+    many = resampled(fitted, log_loss, log_loss.size - parabolas.size, draws, rng)  # (1 + draws, budgets, widths)
+    lowest, loss, D_opt = [], [], []
+    for i, x in enumerate(log_N):
+        coefficients = np.polyfit(x, many[:, i].T, 2)  # (3, 1 + draws)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = np.where(coefficients[0] > 0, -coefficients[1] / (2 * coefficients[0]),
+                          np.where(np.polyval(coefficients, x[0]) < np.polyval(coefficients, x[-1]), x[0], x[-1]))
+        lowest.append(at.clip(x[0], x[-1]))
+        loss.append(np.polyval(coefficients, lowest[-1]))
+        D_opt.append(np.polyval(np.polyfit(x, log_D[i], 2), lowest[-1]))
+    lowest, loss, D_opt = (np.array(values).T for values in (lowest, loss, D_opt))  # (1 + draws, budgets)
+    exponents = {"a": slope(log_C, lowest), "b": slope(log_C, D_opt), "c": -slope(log_C, loss)}
+    return lowest, loss, exponents, parabolas
+
+
+def parametric(log_N, log_D, log_losses, rounds=300):
+    """log loss = log(A N^-alpha + B D^-beta) by least squares, after Levenberg and Marquardt, for several sets of
+    losses (sets, budgets, widths) -> (alpha, beta (sets,), what was fitted, as log_losses are)."""
+    x, z = (values.ravel() - values.mean() for values in (log_N, log_D))
+    y = log_losses.reshape(len(log_losses), -1)  # (sets, runs)
+
+    def terms(theta):  # (sets, 4): log A and log B in the middle of the runs, alpha, beta -> their logs, and the sum's
+        first, second = theta[:, :1] - theta[:, 2:3] * x, theta[:, 1:2] - theta[:, 3:] * z
+        return first, second, np.logaddexp(first, second)
+
+    middle = y.mean(1) - np.log(2)
+    theta = np.stack([middle, middle, np.full(len(y), 0.3), np.full(len(y), 0.3)], axis=1)
+    damping, error = np.full(len(y), 1e-3), ((terms(theta)[2] - y) ** 2).sum(1)
+    for _ in range(rounds):
+        first, second, total = terms(theta)
+        p, q = np.exp(first - total), np.exp(second - total)  # each term's share
+        J = np.stack([p, q, -p * x, -q * z], axis=2)  # (sets, runs, 4)
+        H = J.mT @ J
+        H += damping[:, None, None] * (H * np.eye(4) + 1e-12 * np.eye(4))
+        step = np.linalg.solve(H, J.mT @ (y - total)[..., None])[..., 0]
+        trial = theta + step
+        of_trial = ((terms(trial)[2] - y) ** 2).sum(1)
+        better = of_trial <= error
+        theta[better], error[better] = trial[better], of_trial[better]
+        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e12)
+    return theta[:, 2], theta[:, 3], terms(theta)[2].reshape(log_losses.shape)
+
+
+def fit(arm, size="linear", draws=DRAWS):
+    """An arm's law, in its `linear` or all `parameters` -> Law."""
+    rng = np.random.default_rng(0)
+    log_N, log_D, log_loss = (np.log(values) for values in (getattr(arm, size), arm.tokens, arm.loss))
+    log_C = np.log(arm.compute).mean(1)
+    lowest, loss, exponents, parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
+    (fitted,) = parametric(log_N, log_D, log_loss[None])[2]
+    alpha, beta, _ = parametric(log_N, log_D, resampled(fitted, log_loss, log_loss.size - 4, draws, rng))
+    exponents |= {"alpha": alpha, "beta": beta}
+    return Law(np.exp(lowest), np.exp(loss), exponents, parabolas)
+
+
+# ---- The logs --------------------------------------------------------------------------------------------------------
+
+def read(folder):
+    """The arms of a folder of scaling.py's -> {name: Arm}, {} if it has not all runs. Raises LogError."""
+    arms, floor = {}, folder / "synthetic.json"
+    if not floor.is_file():
+        return {}
+    floor = json.loads(floor.read_text(encoding="utf-8"))["context_floor"]
+    for name in ARMS:
+        budgets = {}
+        for path in sorted(folder.glob(f"{name}_c?_d*_s0.jsonl"), key=width_of):
+            if "rate" not in path.stem and (run := plot_logs.read_log(path, path.stem, 64)).end:
+                (epoch,) = run.epochs
+                budgets.setdefault(path.stem.split("_")[1], []).append((
+                    counts.multiplications(run), run.settings["factor_parameters"], 1e6 * epoch["params_millions"],
+                    epoch["tokens_seen"], epoch["val_loss"] - floor))
+        if len(budgets) < 2 or len({len(runs) for runs in budgets.values()}) > 1:
+            return {}
+        arms[name] = Arm(*np.array([budgets[budget] for budget in sorted(budgets)]).transpose(2, 0, 1))
+    return arms
+
+
+def width_of(path):
+    return int(path.stem.split("_")[2].removeprefix("d"))
+
+
+# ---- Tables and figure -----------------------------------------------------------------------------------------------
+
+def between(values, form=".3f"):
+    """The first of several fits, and the interval of the rest."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return f"{values[0]:{form}} ({low:{form}} to {high:{form}})"
+
+
+def exponents(arms):
+    """The exponents of each arm, for two ways to count its parameters."""
+    rows = []
+    for name, arm in arms.items():
+        for size, what in (("linear", "linear layers"), ("parameters", "all")):
+            found = fit(arm, size).exponents
+            rows.append([f"{ARMS[name]}, N: {what}",
+                         *(between(found[key]) for key in ("a", "b", "c", "alpha", "beta"))])
+    rows.append(["Spectron's paper, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 3])
+    return Table("exponents", "", ["95% intervals", "N_opt ~ C^a", "D_opt ~ C^b", "loss ~ C^-c",
+                                   "A N^-alpha + B D^-beta: alpha", "beta"], rows)
+
+
+def equal_compute(arms):
+    """The lowest loss of each arm at each budget, low rank beside dense, and the size that has it."""
+    laws, rows = {name: fit(arm) for name, arm in arms.items()}, []
+    for i in range(arms["adamw"].compute.shape[0]):
+        low = laws["spectron"].loss[:, i]
+        rows.append([f"{np.mean([arm.compute[i].mean() for arm in arms.values()]):.1e}",
+                     *(between(laws[name].loss[:, i]) for name in arms),
+                     *(between(low - laws[name].loss[:, i], "+.3f") for name in ("adamw", "muon")),
+                     *(Cell(laws[name].N_opt[0, i] / 1e3, ",.0f") for name in arms)])
+    return Table("equal_compute", "", [
+        "multiplications", *ARMS.values(), *(f"Spectron {DASH} {ARMS[name]}" for name in ("adamw", "muon")),
+        *(f"thousand linear parameters there: {label}" for label in ARMS.values())], rows)
+
+
+def law_figure(arms):
+    """The parabolas of each arm, and the lowest losses of all."""
+    plt = plot_logs.plt
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.8), sharey=True, layout="constrained")
+    for (name, arm), axes in zip(arms.items(), panels[:3], strict=True):
+        law, color = fit(arm, draws=0), plot_logs.COLORS[COLORS[name]]
+        for i, parabola in enumerate(law.parabolas):
+            at = np.linspace(*np.log(arm.linear[i, [0, -1]]), 50)
+            shade = 0.35 + 0.65 * (i + 1) / len(law.parabolas)
+            axes.plot(np.exp(at), np.exp(np.polyval(parabola, at)), color=color, alpha=shade, linewidth=1)
+            axes.plot(arm.linear[i], arm.loss[i], "o", color=color, alpha=shade, markersize=4)
+            axes.plot(law.N_opt[0, i], law.loss[0, i], "*", color="black", markersize=8)
+            axes.annotate(f"{arm.compute[i].mean():.0e}", (arm.linear[i, -1], arm.loss[i, -1]), (4, 0),
+                          textcoords="offset points", fontsize=7, color=color, va="center")
+        axes.set(xscale="log", yscale="log", xlabel="parameters in the linear layers", title=ARMS[name])
+        axes.margins(x=0.2)
+        panels[3].plot(arm.compute.mean(1), law.loss[0], "o-", color=color, label=ARMS[name], markersize=4)
+    panels[0].set_ylabel("loss above the floor (nats per token)")
+    panels[3].set(xscale="log", xlabel="multiplications", title="The best size at each budget")
+    panels[3].legend(fontsize=8)
+    return figure
+
+
+TABLES, FIGURES = {"exponents": exponents, "equal_compute": equal_compute}, {"law": law_figure}
+
+
+def scaling_folder(study: Path) -> Path:
+    """Where the runs of scaling.py lie, beside those of study.py."""
+    return study.resolve().parent / "scaling"

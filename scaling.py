@@ -1,0 +1,134 @@
+"""The scaling law: how the loss falls with compute, dense and of low rank, on a text whose entropy is known.
+
+    python3 scaling.py               every run that is not done yet, two side by side    -> logs/scaling/
+    python3 scaling.py --list        each run, its command, and whether it is done
+
+Three arms: dense layers with AdamW, dense layers with Muon, and factors of a quarter of the width with Spectron, which
+is the ratio of its paper. The head is tied in all. Each arm has four budgets of compute, a factor of 3 apart, and five
+widths at each budget, trained for as many steps as the budget allows. A run reads a synthetic text once, so no token is
+a target twice. Rates are tuned at the smallest and at the largest width; those between are interpolated. law.py fits
+power laws to the logs, and `results.py` shows them.
+"""
+import argparse
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import counts  # noqa: E402
+import study  # noqa: E402
+import v10_transformer_lowrank_scaled as v10  # noqa: E402
+
+ARMS = {"adamw": "v7 --tie-embeddings", "muon": "v7 --tie-embeddings --optimizer muon --factor-decay 0",
+        "spectron": "v11 --cuts 0 --factor-decay 0"}
+RATES = {"adamw": {"--lr": 4e-3}, "muon": {"--eta": 0.02, "--lr": 4e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
+TRIED = (0.5, 1, 2)  # times these, the linear layers' and the others' together
+WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+BLOCKS = dict(zip(WIDTHS, (2, 2, 3, 3, 4, 4, 5, 6, 7), strict=True))
+BUDGETS = [1e12 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
+FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
+HELD_OUT = 0.005  # of the text
+TEXT = f"--words 1000 --topics 16 --classes 100 --switch 0.01 --seed 1 --context 64 --val-fraction {HELD_OUT}"
+SIZE = {"vocab_size": 1000, "block_size": 64, "batch_size": 32}
+COMMON = ("--block-size 64 --batch-size 32 --epochs 1 --one-pass --lr-schedule cosine --dropout 0 --weight-decay 0.01 "
+          f"--checkpoint-minutes 60 --val-fraction {HELD_OUT} --dtype {{dtype}} --n-heads {{heads}}")
+
+
+def points(arm):
+    """[(budget, width)] of an arm, budgets by number."""
+    first = FIRST[arm]
+    return [(i, width) for i in range(len(BUDGETS)) for width in WIDTHS[first + i:first + i + PER_BUDGET]]
+
+
+def tries(arm):
+    """{width: names of the runs that its rate is tuned by}, at the smallest budget and at the last but one."""
+    ends = min(points(arm)), max(point for point in points(arm) if point[0] == len(BUDGETS) - 2)
+    return {width: [f"{arm}_c{i}_d{width}_rate{factor}" for factor in TRIED] for i, width in ends}
+
+
+def of_name(name):
+    """A run's name -> (arm, budget, width, what its rate is multiplied by or None)."""
+    arm, budget, width, *factor = name.split("_")
+    return arm, int(budget[1:]), int(width[1:]), float(factor[0].removeprefix("rate")) if factor else None
+
+
+def steps(arm, budget, width):
+    """How many steps a budget allows."""
+    settings = counts.settings_of(width, BLOCKS[width], **SIZE, optimizer=arm)
+    ranks = [width // 4] * len(settings["layers"]) if arm == "spectron" else None
+    return round(BUDGETS[budget] / counts.step_multiplications(settings, ranks))
+
+
+class Scaling(study.Study):
+    """The runs, in a folder of logs."""
+
+    def __init__(self, args):
+        self.out, self.args = Path(args.out), args
+        self.failed, self.stopping, self.running, self.later = [], threading.Event(), {}, []
+        names = [name for arm in ARMS for names in tries(arm).values() for name in names]
+        self.runs = [study.Run(name) for name in [*names, *(f"{arm}_c{i}_d{width}" for arm in ARMS
+                                                            for i, width in points(arm))]]
+        self.folder = self.out / "synthetic"
+
+    def needs(self, run):
+        arm, *_, factor = of_name(run.name)
+        return [] if factor else [f"{name}_s0" for names in tries(arm).values() for name in names]
+
+    def factor(self, arm, width):
+        """What the rate of a width is multiplied by: in logarithms on a line through the best ones of two widths."""
+        (low, first), (high, last) = sorted(
+            (tried, of_name(min(names, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"]))[-1])
+            for tried, names in tries(arm).items())
+        return first * (last / first) ** (math.log(width / low) / math.log(high / low))
+
+    def command(self, run):
+        arm, budget, width, factor = of_name(run.name)
+        script, *flags = ARMS[arm].split()
+        factor = factor or self.factor(arm, width)
+        rates = [word for flag, rate in RATES[arm].items() for word in (flag, f"{rate * factor:.3g}")]
+        n_steps = steps(arm, budget, width)
+        return [sys.executable, str(v10.HERE / study.VARIANTS[script].name), *flags,
+                *COMMON.format(dtype=self.args.dtype, heads=max(2, width // 32)).split(),
+                "--d-model", str(width), "--d-ff", str(4 * width), "--n-layers", str(BLOCKS[width]),
+                *(["--init-rank", str(width // 4)] if arm == "spectron" else []), *rates,
+                "--steps-per-epoch", str(n_steps), "--warmup-steps", str(n_steps // 20),
+                "--data-file", str(self.folder), "--log-file", str(self.log(run.stem))]
+
+    def describe(self, run):
+        arm, budget, width, factor = of_name(run.name)
+        rate = f"rates times {factor:g}" if factor else "the rate of its width"
+        return f"{ARMS[arm]}, width {width}, {BLOCKS[width]} blocks, {steps(arm, budget, width):,} steps, {rate}"
+
+    def prepare(self):
+        """Make the text, as long as the longest run needs it, and a folder of its tokens."""
+        most = max(steps(arm, i, width) for arm in ARMS for i, width in points(arm))
+        tokens = math.ceil((SIZE["batch_size"] * (SIZE["block_size"] * most + 1) + 1) / (1 - HELD_OUT))
+        text, folder = self.folder.with_suffix(".tokens"), self.folder
+        if not folder.exists():
+            for script, flags in (("synthetic.py", [*TEXT.split(), "--tokens", tokens, "--out", text]),
+                                  ("prepare.py", [text, "--out", folder])):
+                if subprocess.run([sys.executable, v10.HERE / "data" / script, *map(str, flags)]).returncode:
+                    raise v10.UserError(f"data/{script} could not make {flags[-1]}: see above")
+            text.unlink()
+
+    def measure(self):
+        """Nothing: compute is counted."""
+
+
+@v10.screens()
+def main(argv=None):
+    parser = v10.Parser(prog="scaling.py", description="Runs the scaling law.", allow_abbrev=False,
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=os.path.expanduser, default="logs/scaling", help="folder of the logs")
+    parser.add_argument("--jobs", type=v10.number(int, least=1, below=1000), default=2, help="runs side by side")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
+    parser.add_argument("--list", action="store_true", help="print each run, its command, and whether it is done")
+    return study.conduct(Scaling, parser, argv)
+
+
+if __name__ == "__main__":
+    v10.leave(main())

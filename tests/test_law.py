@@ -1,0 +1,141 @@
+"""The scaling law's fits, on data whose law is known, and the runs that scaling.py makes."""
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import counts
+import law
+import plot_logs
+import scaling
+from conftest import ROOT
+
+C = np.array([1e12, 3e12, 9e12, 27e12])
+N = np.array([[2e4, 4e4, 8e4, 16e4, 32e4]]) * 3 ** (0.5 * np.arange(4))[:, None]
+D = C[:, None] / (3 * N)
+
+
+def arm(loss):
+    return law.Arm(np.broadcast_to(C[:, None], N.shape), N, N + 32_000, D, loss)
+
+
+def on_parabolas(a, c):
+    """Losses of which each budget's are exactly a parabola in log N, lowest at N_opt ~ C^a, where they fall as C^-c."""
+    optimum = np.log(8e4) + a * np.log(C / C[0])
+    return np.exp(0.1 * (np.log(N) - optimum[:, None]) ** 2 - c * np.log(C / C[0])[:, None])
+
+
+@pytest.mark.parametrize(("a", "c"), [(0.5, 0.1), (0.4, 0.3)])
+def test_parabolas_give_back_the_exponents_that_they_were_made_with(a, c):
+    found = law.fit(arm(on_parabolas(a, c)), draws=3)
+    for key, value in {"a": a, "b": 1 - a, "c": c}.items():
+        assert found.exponents[key] == pytest.approx(np.full(4, value), abs=1e-9)  # residuals are 0, so are the draws'
+    assert found.loss[0] == pytest.approx((C / C[0]) ** -c, rel=1e-9)
+    assert found.N_opt[0] == pytest.approx(8e4 * (C / C[0]) ** a, rel=1e-9)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.34, 0.28), (0.8, 0.2)])
+def test_two_power_laws_give_back_their_exponents(alpha, beta):
+    found = law.fit(arm(400 * N**-alpha + 30 * D**-beta), draws=2)
+    assert found.exponents["alpha"] == pytest.approx(np.full(3, alpha), abs=1e-4)
+    assert found.exponents["beta"] == pytest.approx(np.full(3, beta), abs=1e-4)
+
+
+def test_a_law_without_one_of_its_terms_is_fitted_by_the_other():
+    loss = np.log(30 * D**-0.3)
+    *_, fitted = law.parametric(np.log(N), np.log(D), loss[None])
+    assert fitted[0] == pytest.approx(loss, abs=1e-4)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(100):
+        log_loss = np.log(on_parabolas(0.5, 0.2)) + rng.normal(0, 0.02, N.shape)
+        found = law.isoflop(np.log(N), np.log(D), log_loss, np.log(C), 200, rng)[2]["a"]
+        low, high = np.percentile(found[1:], [2.5, 97.5])
+        inside += low <= 0.5 <= high
+    assert 85 <= inside <= 100
+
+
+def test_a_lowest_point_beyond_the_widths_is_taken_at_the_last_of_them():
+    falling, rising = law.fit(arm(N**-0.1), draws=0), law.fit(arm(N**0.1), draws=0)
+    assert falling.N_opt[0] == pytest.approx(N[:, -1])
+    assert rising.N_opt[0] == pytest.approx(N[:, 0])
+
+
+def test_each_budget_is_met_by_every_arm_and_width():
+    for name in scaling.ARMS:
+        points = scaling.points(name)
+        assert len(points) == len(set(points)) == 20
+        for budget, width in points:
+            settings = counts.settings_of(width, scaling.BLOCKS[width], **scaling.SIZE, optimizer=name)
+            ranks = [width // 4] * len(settings["layers"]) if name == "spectron" else None
+            spent = scaling.steps(name, budget, width) * counts.step_multiplications(settings, ranks)
+            assert spent == pytest.approx(scaling.BUDGETS[budget], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder of all runs of one arm at two small budgets, made by the real commands."""
+    out = tmp_path_factory.mktemp("scaling")
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import scaling
+scaling.ARMS, scaling.FIRST = {{"spectron": scaling.ARMS["spectron"]}}, {{"spectron": 0}}
+scaling.BUDGETS, scaling.TRIED = [2e8, 6e8], (0.5, 1)
+scaling.WIDTHS, scaling.PER_BUDGET = (8, 16, 32, 48), 3
+scaling.BLOCKS |= {{8: 1, 16: 1}}
+scaling.TEXT, scaling.HELD_OUT = scaling.TEXT.replace("0.005", "0.1"), 0.1
+scaling.COMMON = scaling.COMMON.replace("0.005", "0.1")
+sys.exit(scaling.main(["--out", {str(out)!r}, "--dtype", "float32"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def ended(folder):
+    return {path.stem: plot_logs.read_log(path, path.stem, 64) for path in folder.glob("*_s0.jsonl")}
+
+
+def test_the_runs_read_a_text_once_at_rates_between_the_best_of_two_widths(tiny):
+    runs = ended(tiny)
+    assert len(runs) == 2 * 2 + 6
+    assert all(run.settings["one_pass"] and run.settings["dropout"] == 0 for run in runs.values())
+    best = {width: min((0.5, 1), key=lambda f, w=width: runs[f"spectron_c0_d{w}_rate{f}_s0"].end["final_val_loss"])
+            for width in (8, 32)}
+    for width in (8, 16, 32):
+        share = math.log(width / 8) / math.log(4)
+        factor = best[8] ** (1 - share) * best[32] ** share
+        settings = runs[f"spectron_c0_d{width}_s0"].settings
+        assert (settings["eta"], settings["lr"]) == pytest.approx((0.07 * factor, 4e-3 * factor), rel=0.01)
+        assert set(settings["initial_ranks"]) == {width // 4}
+
+
+def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path):
+    floor = json.loads((tiny / "synthetic.json").read_text())
+    assert floor["context"] == scaling.SIZE["block_size"]
+    for path in tiny.glob("*.json*"):  # the other arms' are copies
+        for name in law.ARMS:
+            (tmp_path / path.name.replace("spectron", name)).write_bytes(path.read_bytes())
+    arms, run = law.read(tmp_path), ended(tiny)["spectron_c1_d16_s0"]
+    found = arms["spectron"]
+    assert found.loss[1, 0] == run.epochs[0]["val_loss"] - floor["context_floor"] > 0
+    assert found.linear[:, 0].tolist() == [2 * (4 * 2 * 8 + 2 * 5 * 8), 4 * (4 * 2 * 16 + 2 * 5 * 16)]  # a block each
+    assert found.tokens[1, 0] == 2048 * run.settings["steps_per_epoch"]
+    settings = counts.settings_of(16, 1, **scaling.SIZE, optimizer="spectron")
+    assert found.compute[1, 0] == run.settings["steps_per_epoch"] * counts.step_multiplications(settings, [4] * 6)
+    assert all(table(arms).markdown() for table in law.TABLES.values())
+    (tmp_path / "adamw_c0_d16_s0.jsonl").unlink()
+    assert law.read(tmp_path) == {}
+
+
+def test_the_list_names_every_run(capsys):
+    assert scaling.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * (2 * 3 + 20)
+    assert all(line.startswith("-") for line in lines)

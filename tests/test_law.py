@@ -66,6 +66,21 @@ def test_a_lowest_point_beyond_the_widths_is_taken_at_the_last_of_them():
     assert rising.N_opt[0] == pytest.approx(N[:, 0])
 
 
+def test_the_tables_set_low_rank_beside_dense_at_equal_compute():
+    losses = {"adamw": on_parabolas(0.5, 0.2), "muon": 0.8 * on_parabolas(0.4, 0.2), "spectron": on_parabolas(0.5, 0.2)}
+    arms = {name: arm(loss) for name, loss in losses.items()}
+    table = law.equal_compute(arms)
+    assert len(table.rows) == 4
+    for i, (_, adamw, muon, spectron, to_adamw, to_muon, *sizes) in enumerate(table.rows):
+        best = 3 ** (-0.2 * i)
+        assert (adamw[:5], muon[:5], spectron[:5]) == tuple(f"{share * best:.3f}" for share in (1, 0.8, 1))
+        assert (to_adamw[:6], to_muon[:6]) == ("+0.000", f"{0.2 * best:+.3f}")
+        assert [str(size) for size in sizes] == [f"{80 * 3 ** (a * i):,.0f}" for a in (0.5, 0.4, 0.5)]
+    rows = law.exponents(arms).rows
+    assert [row[1][:5] for row in rows[::2][:3]] == ["0.500", "0.400", "0.500"]
+    assert rows[-1][1:3] == ["0.479", "0.521"]
+
+
 def test_each_budget_is_met_by_every_arm_and_width():
     for name in scaling.ARMS:
         points = scaling.points(name)
@@ -129,7 +144,6 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     assert found.tokens[1, 0] == 2048 * run.settings["steps_per_epoch"]
     settings = counts.settings_of(16, 1, **scaling.SIZE, optimizer="spectron")
     assert found.compute[1, 0] == run.settings["steps_per_epoch"] * counts.step_multiplications(settings, [4] * 6)
-    assert all(table(arms).markdown() for table in law.TABLES.values())
     (tmp_path / "adamw_c0_d16_s0.jsonl").unlink()
     assert law.read(tmp_path) == {}
 

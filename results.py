@@ -665,24 +665,30 @@ def budget_figure(study):
 
 
 def compressed_figure(study):
-    """Perplexity against all parameters, after cuts of trained models."""
+    """The loss against all parameters, after cuts of trained models."""
     figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    np = plot_logs.np
-    for name, label, color in (("compressed_dense", "dense, AdamW", plot_logs.COLORS["dense"]),
-                               ("compressed_muon", "dense, Muon", plot_logs.COLORS["controlled"]),
-                               ("compressed_v11", "v11", plot_logs.COLORS["cut"])):
+    np, plt = plot_logs.np, plot_logs.plt
+    styles, handles = {"fisher, global": "-", "inputs, uniform": "--", "plain, uniform": ":"}, []
+    for name, color in (("compressed_dense", "dense"), ("compressed_muon", "controlled"), ("compressed_v11", "cut")):
         seeds = [found for found, in commands(study, name, command="compare", only="all")]
-        for cut, style in (("plain, uniform", ":"), ("inputs, uniform", "--"), ("fisher, global", "-")):
+        before, color = fmean(seed["loss_before"] for seed in seeds), plot_logs.COLORS[color]
+        for cut, style in styles.items():
             at = np.array([[row["cuts"][cut]["parameters"] / 1e6 for row in seed["rows"]] for seed in seeds]).mean(0)
-            losses = np.array([[seed["loss_before"] + row["cuts"][cut]["increase"] for row in seed["rows"]]
-                               for seed in seeds])
-            axes.plot(at, losses.mean(0), style, marker="o", markersize=3, color=color, label=f"{label}: {cut}")
-        axes.plot(seeds[0]["before"]["all"] / 1e6, fmean(seed["loss_before"] for seed in seeds), "*", markersize=11,
-                  color=color, label=f"{label}, not cut")
-    axes.set(xscale="log", xlabel="million parameters, all", ylabel="loss on the second half of the held-out text")
-    plot_logs.plain_ticks(axes, 0.3, 0.5, 1, 2, 3, 5)
-    axes.legend(fontsize=8)
-    axes.set_title("Trained models, cut: embedding, head and linear layers under one budget")
+            increases = np.array([[row["cuts"][cut]["increase"] for row in seed["rows"]] for seed in seeds])
+            axes.plot(at, before + increases.mean(0), style, marker="o", markersize=3, color=color)
+        axes.plot(seeds[0]["before"]["all"] / 1e6, before, "*", markersize=11, color=color)
+        handles.append(plt.Line2D([], [], color=color, marker="*", markersize=9, label=COMPRESSED[name]))
+    handles += [plt.Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in (
+        ("-", "Fisher metric, one budget"), ("--", "whitened by the inputs, one share"),
+        (":", "plain SVD, one share"))]
+    axes.set(xscale="log", xlabel="million parameters, embedding and head included; star: not cut",
+             ylabel="loss on the second half of the held-out text",
+             title="Half of a dense model, cut in the Fisher metric, is as good as all of it"
+             if study.is_reference else "Trained models, cut")
+    if study.is_reference:
+        axes.set_ylim(5.85, 7.3)
+    plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
+    axes.legend(handles=handles, fontsize=8, loc="upper right")
     return figure
 
 

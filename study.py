@@ -147,9 +147,9 @@ BUDGETED = {
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
               "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
 TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
-COMPRESSIONS = [
-    "spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
-    f"fit {{model}} --loss +5% {TO_CUT}",
+COMPRESSIONS = ["spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
+                f"fit {{model}} --loss +5% {TO_CUT}"]
+OF_DENSE = [  # v11's linear layers have too low ranks for these
     *(f"cut {{model}} --only linear --rank {{width_over_{part}}} --metric {metric} {TO_CUT}" for part in (16, 8, 4, 2)
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
@@ -240,7 +240,10 @@ class Study:
 
     def uncompressed(self, run):
         """What compress.py has still to do with a run's model."""
-        return COMPRESSIONS[len(self.records(f"compress/{run.stem}", "compress")):] if run.name in COMPRESSED else []
+        if run.name not in COMPRESSED:
+            return []
+        wanted = COMPRESSIONS + (OF_DENSE if COMPRESSED[run.name].startswith("v7") else [])
+        return wanted[len(self.records(f"compress/{run.stem}", "compress")):]
 
     def command(self, run):
         """The command line of a run, as a user would type it."""

@@ -7,6 +7,7 @@ import pytest
 import plot_logs
 import results
 from conftest import ROOT
+from counts import multiplications
 from results import best_loss, last_loss, linear_parameters, mean_rank
 
 STUDY = results.Study(results.REFERENCE)
@@ -187,10 +188,102 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
             "feed-forward layers of the first block, "
             f"{fmean(final_ranks('v11_tenth', '3.q') + final_ranks('v11_tenth', '3.k')):.0f} in Q and K of the last.",
 ]
+
+
+def increases(name, only, keep, cut="fisher, global"):
+    """[for each seed: what `compare` measured for this cut, in nats above the uncut model]"""
+    seeds = [found for found, in results.commands(STUDY, name, command="compare", only=only)]
+    return [next(row["cuts"][cut]["increase"] for row in seed["rows"] if row["keep"] == keep) for seed in seeds]
+
+
+def costs(name, only, keep, cut="fisher, global"):
+    return results.plus_minus(increases(name, only, keep, cut))
+
+
+def fits(name, of, form):
+    """A number of the smallest models within 5% of the perplexity, over the seeds."""
+    return format(fmean(of(found) for found, in results.commands(STUDY, name, command="fit")), form)
+
+
+def kept(fit):
+    return fit["after"]["all"] / fit["before"]["all"]
+
+
+def kept_linear(fit):
+    return fit["after"]["linear"] / fit["before"]["linear"]
+
+
+def rise(fit):
+    return plot_logs.perplexity(fit["loss"] - fit["loss_before"]) - 1
+
+
+def tuned(i, key=0):
+    """[for each seed: the loss of the cut model (0) or the uncut one (1) after the i-th way of fine-tuning]"""
+    return [found[i]["models"][key]["loss"]
+            for found in results.commands(STUDY, "compressed_dense", command="tune")]
+
+
+def untuned():
+    """[for each seed: the loss of the cut model before it is fine-tuned]"""
+    return [found[0]["models"][0]["loss_before"]
+            for found in results.commands(STUDY, "compressed_dense", command="tune")]
+
+
+def compared(name, keep=1):
+    """[for each seed: the loss on the reporting half of a model that keeps so much, embedding and head included]"""
+    before = [found["loss_before"] for found, in results.commands(STUDY, name, command="compare", only="all")]
+    added = increases(name, "all", keep) if keep < 1 else [0] * len(before)
+    return [loss + increase for loss, increase in zip(before, added, strict=True)]
+
+
+def above(values, others):
+    return results.plus_minus([value - other for value, other in zip(values, others, strict=True)], ".3f")
+
+
+def share_of_ends(name):
+    """Of embedding and head in all parameters."""
+    return fits(name, lambda fit: fit["before"]["ends"] / fit["before"]["all"], ".0%")
+
+
+def energy(kind, column):
+    """The mean share of the singular values in a cell of the table of spectra."""
+    (row,) = (row for row in results.spectra(STUDY).rows if row[0] == kind)
+    return f"{fmean(row[column].values):.0%}"
+
+
+DENSE, MUON, V11 = "compressed_dense", "compressed_muon", "compressed_v11"
+SENTENCES_OF_COMPRESSION = [
+    lambda: f"Cut to half of its parameters, embedding and head included, the dense model is as good as before: "
+            f"{costs(DENSE, 'all', 0.5)} nats with AdamW, {costs(MUON, 'all', 0.5)} with Muon.",
+    lambda: f"A quarter costs {costs(DENSE, 'all', 0.25)} and {costs(MUON, 'all', 0.25)}; with plain SVD, "
+            f"{costs(DENSE, 'all', 0.25, 'plain, uniform')} and {costs(MUON, 'all', 0.25, 'plain, uniform')}.",
+    lambda: f"a quarter of them is enough after AdamW ({costs(DENSE, 'linear', 0.25)}), and costs "
+            f"{costs(MUON, 'linear', 0.25)} after Muon, whose weights use more directions.",
+    lambda: f"keep {fits(DENSE, kept, '.0%')} of all parameters after AdamW and {fits(MUON, kept, '.0%')} after Muon, "
+            f"at {fits(DENSE, rise, '+.1%')} and {fits(MUON, rise, '+.1%')} on the reporting half.",
+    lambda: f"v11's, which is within 5% on the deciding half, is {fits(V11, rise, '+.1%')} on the other:",
+    lambda: f"At 1.4 million parameters in all, the dense model with Muon, cut to a quarter, is "
+            f"{above(compared(V11), compared(MUON, 0.25))} nats below v11 as it was trained; the one with AdamW is "
+            f"level with it ({above(compared(V11), compared(DENSE, 0.25))} lower).",
+    lambda: f"Muon's takes {STUDY.mean('dense_muon', multiplications) / STUDY.mean('v11_tenth', multiplications):.1f} "
+            "times v11's multiplications to train, though,",
+    lambda: f"At 0.7 million, v11 cut to half and the dense model with AdamW cut to an eighth are level "
+            f"({above(compared(V11, 0.5), compared(DENSE, 0.125))}).",
+    lambda: f"{share_of_ends(V11)} of its parameters are embedding and head",
+    lambda: f"In the attention layers 95% of the energy takes {energy('attention', 3)} of the singular values on "
+            f"average, where break-even is 50%; in the feed-forward layers {energy('feed-forward', 3)}, where it is "
+            "80%.",
+    lambda: f"80 steps of all factors take {above(untuned(), tuned(0))} nats off, LoRA of rank 32 "
+            f"{above(untuned(), tuned(3))}, of rank 8 {above(untuned(), tuned(2))}, of rank 2 "
+            f"{above(untuned(), tuned(1))}.",
+]
 IN_README = [
     lambda: f"Its loss is {by('tenth_wide', 'dense_adamw')} nats lower, and at a quarter "
             f"{by('v11_quarter', 'dense_adamw')}. The dense model with Muon is {by('dense_muon', 'v11_quarter')} "
             "below that.",
+    lambda: f"has {fits(DENSE, kept, '.0%')} of its parameters, and {fits(DENSE, kept_linear, '.0%')} of those in "
+            f"the linear layers; a dense model trained with Muon keeps {fits(MUON, kept, '.0%')} and "
+            f"{fits(MUON, kept_linear, '.0%')}.",
 ]
 
 
@@ -346,7 +439,7 @@ def test_the_logs_say_what_the_page_says(page, phrase, holds):
 
 
 @pytest.mark.parametrize(("page", "sentence"), [
-    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, times]),
+    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_OF_COMPRESSION, times]),
     *(("README", sentence) for sentence in IN_README)])
 def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
     assert sentence() in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())
@@ -362,6 +455,12 @@ def test_v11_meets_the_mark_that_was_set_before_it_was_run():
     assert highest["v11_tenth"][0] < 0.03
     assert highest["v11_quarter"][0] < 0 < highest["v11_quarter"][1]
     assert STUDY.mean("v11_tenth", linear_parameters) < 0.1 * STUDY.mean("dense_adamw", linear_parameters)
+
+
+def test_a_cut_to_half_costs_nothing_that_the_seeds_show():
+    for name in (DENSE, MUON):
+        values = increases(name, "all", 0.5)
+        assert fmean(values) < 2 * results.standard_error(values)
 
 
 def test_the_titles_of_the_figures_hold():

@@ -28,7 +28,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import reduce
 from pathlib import Path
 from statistics import stdev
@@ -66,13 +66,14 @@ def measure(model: v10.GPT, tokens: Tensor, seed: int) -> Measured:
     """Run a model over calibration tokens (N,), forward and backward, with labels drawn from its own predictions."""
     config, T = model.config, model.config.block_size
     n = len(tokens) // T * T
-    batches = list(tokens[:n].view(-1, T).split(max(1, 2048 // T)))
+    batches = list(tokens[:n].view(-1, T).split(max(1, 2**19 // config.d_model // T)))  # wide models take more memory
     C, words = config.d_model, config.vocab_size
     count, p = (torch.zeros(words, dtype=torch.float64) for _ in range(2))
     G, second, mean = (torch.zeros(*shape, dtype=torch.float64) for shape in ((C, C), (C, C), (C,)))
     rows, dtype = max(1, v10.LOGITS_BYTES // (8 * words)), model.norm.weight.dtype
 
     def embedded(_, inputs, y):
+        y.requires_grad_()  # the weights' gradients are not needed, so nothing else asks for one
         count.add_(torch.bincount(inputs[0].flatten().cpu(), minlength=words))
 
         def backward(gradient):
@@ -90,9 +91,12 @@ def measure(model: v10.GPT, tokens: Tensor, seed: int) -> Measured:
             p.add_((q * (1 - q)).sum(0).cpu())
 
     hooks = [model.token_embedding.register_forward_hook(embedded), model.norm.register_forward_hook(normed)]
+    parameters = [parameter.requires_grad_(False) for parameter in model.parameters()]
     try:
         layers = v11.measure_fisher(model, batches, seed)
     finally:
+        for parameter in parameters:
+            parameter.requires_grad_()
         for hook in hooks:
             hook.remove()
     mean /= n
@@ -116,23 +120,28 @@ class Matrix:
 
     name: str  # such as 0.q
     kind: str  # linear, embedding, head or tied
-    U: Tensor  # (m, R) in float64, of a dense matrix W or 1
+    U: Tensor  # (m, R), the model's own, of a dense matrix W or 1
     V: Tensor  # (R, n)
     whole: bool  # dense, not factored
-    fisher: v11.Fisher | None  # its metric, None for plain
+    fisher: InitVar[v11.Fisher | None]  # its metric, None for plain
     damping: float
     shift: Tensor | None = None  # (C,), the head's mean input, whose error goes into the bias
+    level: Tensor | float = 0.0  # (R,), what is taken from each row of U first
 
-    def __post_init__(self):
+    def __post_init__(self, fisher):
         (m, r), n = self.U.shape, self.V.shape[1]
         self.side = m + n
         self.now = m * n if self.whole else r * self.side  # parameters
         # the highest rank that makes it smaller
         self.limit = (self.now - 1) // self.side if self.whole else min(r - 1, m, n)
-        s, self.A, self.B = (v11.plain_directions(self.U, self.V) if self.fisher is None else
-                             v11.fisher_directions(self.U, self.fisher, self.damping))
+        s, self.A, self.B = (v11.plain_directions(*self.pair()) if fisher is None else
+                             v11.fisher_directions(self.pair()[0], fisher, self.damping))
         self.squares = s.square()
         self.tails = [*self.squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # tails[k]: what rank k drops
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """U and V in float64."""
+        return self.U.double() - self.level, self.V.double()
 
     def options(self) -> list[tuple[int | None, int, float]]:
         """[(rank, parameters, squared error)] for each rank that makes it smaller, and at last None, as it is."""
@@ -140,7 +149,7 @@ class Matrix:
 
     def factors(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The best U' V' of rank k in its metric."""
-        new_U, new_V, *_ = v11.cut_factors(self.U, self.V, self.A[:, :k], self.B[:k], generator)
+        new_U, new_V, *_ = v11.cut_factors(*self.pair(), self.A[:, :k], self.B[:k], generator)
         return new_U, new_V
 
 
@@ -148,20 +157,21 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
     """The matrices that may be cut: those of the linear layers, of the ends (embedding and head), or all."""
     found, m = [], None if metric == "plain" else measured
 
-    def add(name, kind, U, V, whole, fisher, shift=None):
+    def add(name, kind, U, V, whole, fisher, shift=None, level=0.0):
         if metric == "inputs":
-            fisher = fisher._replace(D=U.mT @ U)
-        found.append(Matrix(name, kind, U, V, whole, fisher, v11.DAMPING if metric == "fisher" else 0.0, shift))
+            fisher = fisher._replace(D=U.double().mT @ U.double())
+        damping = v11.DAMPING if metric == "fisher" else 0.0
+        found.append(Matrix(name, kind, U, V, whole, fisher, damping, shift, level))
 
     if only != "ends":
         for i, (name, layer) in enumerate(model.linears().items()):
-            add(name, "linear", *(factor.double() for factor in layer.factors()), layer.rank is None, m and m.layers[i])
+            add(name, "linear", *layer.factors(), layer.rank is None, m and m.layers[i])
     if only == "linear":
         return found
     e, h, C = model.token_embedding, model.head, model.config.d_model
     whole, one = not hasattr(e, "U"), torch.eye(C, dtype=torch.float64)
-    U, V = (one, e.weight.detach().cpu().double().mT) if whole else (
-        factor.detach().cpu().double().mT for factor in (e.V, e.U))  # (C, R), (R, V)
+    U, V = (one, e.weight.detach().cpu().mT) if whole else (
+        factor.detach().cpu().mT for factor in (e.V, e.U))  # (C, R), (R, V)
     if model.config.tie_embeddings:
         fisher = None
         if m:
@@ -169,19 +179,24 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
             if metric == "inputs":  # each use with the mean of the other side
                 uses = [(m.words, m.embedding_G.trace() / C * one), (m.p.mean().expand_as(m.p), m.covariance)]
             a, B = nearest_kronecker(uses)
-            fisher = v11.Fisher(V * a @ V.mT, U.mT @ B @ U, B.trace().item() / C)
+            fisher = v11.Fisher(weighted_gram(V.mT, a), U.double().mT @ B @ U.double(), B.trace().item() / C)
         add("embedding and head", "tied", U, V, whole, fisher, m and m.mean)
         return found
     add("embedding", "embedding", U, V, whole, m and v11.Fisher(
-        V * m.words @ V.mT, U.mT @ m.embedding_G @ U, m.embedding_G.trace().item() / C))
+        weighted_gram(V.mT, m.words), U.double().mT @ m.embedding_G @ U.double(), m.embedding_G.trace().item() / C))
     whole = not hasattr(h, "U")
-    U, V = (h.weight.detach().cpu().double(), one) if whole else (
-        factor.detach().cpu().double() for factor in (h.U, h.V))
-    if metric == "fisher":
-        U = U - (m.p @ U) / m.p.sum()
-    add("head", "head", U, V, whole, m and v11.Fisher(V @ m.covariance @ V.mT, (U.mT * m.p) @ U, m.p.mean().item()),
-        m and m.mean)
+    U, V = (h.weight.detach().cpu(), one) if whole else (factor.detach().cpu() for factor in (h.U, h.V))
+    level = (m.p @ U.double()) / m.p.sum() if metric == "fisher" else 0.0
+    fisher = m and v11.Fisher(V.double() @ m.covariance @ V.double().mT, weighted_gram(U, m.p, level),
+                              m.p.mean().item())
+    add("head", "head", U, V, whole, fisher, m and m.mean, level)
     return found
+
+
+def weighted_gram(rows: Tensor, weights: Tensor, level: Tensor | float = 0.0) -> Tensor:
+    """The sum of weight w (r - level) (r - level)^T over the rows r of a matrix (V, R), in float64 -> (R, R)."""
+    parts = zip(rows.split(4096), weights.split(4096), strict=True)
+    return sum((w * (r.double() - level).mT) @ (r.double() - level) for r, w in parts)
 
 
 # ---- How many ranks each matrix gets ---------------------------------------------------------------------------------
@@ -316,7 +331,7 @@ def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[in
     for matrix, k in zip(found, ranks, strict=True):
         if k is None and (matrix.whole or not dense):
             continue
-        U, V = matrix.factors(k, generator) if k else (matrix.U, matrix.V)
+        U, V = matrix.factors(k, generator) if k else matrix.pair()
         rank = None if dense else k
         parts = {"weight": U @ V} if dense else {"U": U, "V": V}
         words = {"weight": (U @ V).mT} if dense else {"U": V.mT, "V": U.mT}  # of an embedding
@@ -332,9 +347,9 @@ def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[in
             put("head", words if matrix.kind == "tied" else parts)
             ends[1] = rank
             if matrix.shift is not None:  # the mean error of the outputs goes into the bias
-                change = matrix.U @ matrix.V - U @ V
-                error = (change.mT if matrix.kind == "tied" else change) @ matrix.shift
-                state["head.bias"] = (state["head.bias"].double() + error).to(dtype)
+                before, after = (V.mT @ (U.mT @ matrix.shift) if matrix.kind == "tied" else U @ (V @ matrix.shift)
+                                 for U, V in (matrix.pair(), (U, V)))
+                state["head.bias"] = (state["head.bias"].double() + before - after).to(dtype)
     kept = {name: content[name] for name in ("format", "config", "vocabulary", "text") if name in content}
     return kept | {"ranks": list(layer_ranks.values()), "end_ranks": ends, "model": state}
 
@@ -347,9 +362,9 @@ def block_losses(model: v10.GPT, tokens: Tensor) -> list[tuple[float, int]]:
     T, found = model.config.block_size, []
     with v10.evaluation_mode(model):
         for inputs, targets in v10.held_out_batches(
-                tokens, T, batch_size=max(1, v10.LOGITS_BYTES // (8 * T * model.config.vocab_size))):
-            losses = F.cross_entropy(model(inputs).mT, targets, reduction="none")  # (B, T)
-            found += [(loss, targets.shape[1]) for loss in losses.mean(1).tolist()]
+                tokens, T, batch_size=max(1, v10.LOGITS_BYTES // (16 * T * model.config.vocab_size))):
+            losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+            found += [(loss, targets.shape[1]) for loss in losses.view_as(targets).mean(1).tolist()]
     if not math.isfinite(mean_loss(found)):
         raise v10.TrainingError("the loss is not finite")
     return found
@@ -388,7 +403,8 @@ def load(path: str) -> tuple[dict, v10.GPT]:
             raise UserError(f"{path}: {name} holds a number that is not finite")
     if model.config.attention == "bidirectional":
         v10.say("*** NO CAUSAL MASK: THE MODEL SEES ITS TARGETS. Its losses are not those of a language model.")
-    return content, model
+    noted = ("format", "config", "vocabulary", "text", "cut_from")
+    return {name: content[name] for name in noted if name in content}, model  # the weights are in the model
 
 
 def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) -> Text:

@@ -277,7 +277,7 @@ def measure_fisher(model: v10.GPT, batches: list[Tensor], seed: int) -> list[Fis
 def draw_labels(model, x, generator):
     """A word for each position of x (B, T, C), drawn from the model's prediction -> (B, T)."""
     flat = x.flatten(0, 1)
-    rows = max(1, v10.LOGITS_BYTES // (8 * model.config.vocab_size))
+    rows = max(1, v10.LOGITS_BYTES // (32 * model.config.vocab_size))
     draws = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat)
     labels = [torch.searchsorted(model.logits(part).softmax(-1).cumsum(-1), draw)
               for part, draw in zip(flat.split(rows), draws.split(rows), strict=True)]

@@ -75,8 +75,9 @@ def root(M):
 
 
 def in_model(matrix):
-    """W (out, in) as the model multiplies by it."""
-    return matrix.U @ matrix.V
+    """W (out, in) as its metric takes it."""
+    U, V = matrix.pair()
+    return U @ V
 
 
 # ---- The metrics -----------------------------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ ARMS = {"adamw": "v7 --tie-embeddings", "muon": "v7 --tie-embeddings --optimizer
         "spectron": "v11 --cuts 0 --factor-decay 0"}
 RATES = {"adamw": {"--lr": 4e-3}, "muon": {"--eta": 0.02, "--lr": 4e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
 TRIED = (0.5, 1, 2)  # times these, the linear layers' and the others' together
-WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
-BLOCKS = dict(zip(WIDTHS, (2, 2, 3, 3, 4, 4, 5, 6, 7), strict=True))
+WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384)
+BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 3, 3, 4, 4, 5, 6), strict=True))
 BUDGETS = [1e12 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
 FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
 HELD_OUT = 0.005  # of the text
-TEXT = f"--words 1000 --topics 16 --classes 100 --switch 0.01 --seed 1 --context 64 --val-fraction {HELD_OUT}"
-SIZE = {"vocab_size": 1000, "block_size": 64, "batch_size": 32}
+TEXT = f"--words 500 --topics 4 --classes 50 --switch 0.01 --seed 1 --context 64 --val-fraction {HELD_OUT}"
+SIZE = {"vocab_size": 500, "block_size": 64, "batch_size": 32}
 COMMON = ("--block-size 64 --batch-size 32 --epochs 1 --one-pass --lr-schedule cosine --dropout 0 --weight-decay 0.01 "
           f"--checkpoint-minutes 60 --val-fraction {HELD_OUT} --dtype {{dtype}} --n-heads {{heads}}")
 
@@ -92,7 +92,7 @@ class Scaling(study.Study):
         rates = [word for flag, rate in RATES[arm].items() for word in (flag, f"{rate * factor:.3g}")]
         n_steps = steps(arm, budget, width)
         return [sys.executable, str(v10.HERE / study.VARIANTS[script].name), *flags,
-                *COMMON.format(dtype=self.args.dtype, heads=max(2, width // 32)).split(),
+                *COMMON.format(dtype=self.args.dtype, heads=max(1, width // 32)).split(),
                 "--d-model", str(width), "--d-ff", str(4 * width), "--n-layers", str(BLOCKS[width]),
                 *(["--init-rank", str(width // 4)] if arm == "spectron" else []), *rates,
                 "--steps-per-epoch", str(n_steps), "--warmup-steps", str(n_steps // 20),

@@ -370,8 +370,9 @@ def brought(study):
 # ---- Trained models, compressed --------------------------------------------------------------------------------------
 
 COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
-              "compressed_v11": "v11, cut to a tenth"}
-CUTS = ("plain, uniform", "inputs, uniform", "inputs, global", "fisher, uniform", "fisher, global")
+              "compressed_v11": "v11, 64 to a tenth"}
+CUTS = tuple(f"{metric}, {allocation}" for metric in ("plain", "inputs", "fisher")
+             for allocation in ("uniform", "global"))
 
 
 def commands(study, name, **wanted):
@@ -409,7 +410,7 @@ def fitted(study):
             plus_minus(values(lambda s: s["plain_increase"]))])
     return Table("fitted", "", [
         f"n = {len(seeds)}", "M parameters", "in the smallest", "kept, of all", "of the linear layers",
-        "of embedding and head", "loss", "perplexity", "plain SVD of this size"], rows)
+        "of embedding and head", "loss", "perplexity", "plain SVD, one share for all"], rows)
 
 
 def by_rank(study):
@@ -431,35 +432,35 @@ def by_rank(study):
 def tuned(study):
     """Fine-tuning after a cut of the whole dense model to a sixteenth."""
     rows, seeds = [], commands(study, "compressed_dense", command="tune")
-    cut = [records[0]["models"][0] for records in seeds]
 
     def row(label, models):
-        changes = [model["loss"] - before["loss_before"] for model, before in zip(models, cut, strict=True)]
-        rows.append([label, Cell(models[0]["parameters"] / 1e6, ".2f"), Cell(models[0]["trained"] / 1e6, ".2f"),
-                     plus_minus([model["loss"] for model in models], ".3f"), plus_minus(changes)])
+        before, after = ([model[key] for model in models] for key in ("loss_before", "loss"))
+        changes = [a - b for a, b in zip(after, before, strict=True)]
+        rows.append([label, *(Cell(models[0][key] / 1e6, ".2f") for key in ("parameters", "trained")),
+                     plus_minus(before, ".3f"), plus_minus(after, ".3f"), plus_minus(changes)])
     for i, record in enumerate(seeds[0]):
         factors = record["models"][0]["train"] == "factors"
-        row("its factors" if factors else f"LoRA of rank {record['lora_rank']}",
+        row("the cut model, its factors" if factors else f"the cut model, LoRA of rank {record['lora_rank']}",
             [records[i]["models"][0] for records in seeds])
-    row("the model that was not cut", [records[0]["models"][1] for records in seeds])
+    row("the model that was not cut, all of it", [records[0]["models"][1] for records in seeds])
     return Table("tuned", "", [f"n = {len(seeds)}, {seeds[0][0]['steps']} steps", "M parameters", "of these trained",
-                               "loss after", f"{DASH} the cut model's before"], rows)
+                               "loss before", "after", "change"], rows)
 
 
 def spectra(study):
-    """How many singular values of the dense model's matrices hold how much of the energy."""
+    """How many singular values of the dense models' matrices hold how much of the energy."""
     kinds = {"attention": "qkvo", "feed-forward": ("up", "down"), "embedding": ("token_embedding",), "head": ("head",)}
     rows = []
-    for kind, names in kinds.items():
-        found = [matrix for (record,) in commands(study, "compressed_dense", command="spectrum")
-                 for name, matrix in record["matrices"].items()
-                 if name.removesuffix(".weight").rpartition(".")[2] in names]
-        sides = [min(matrix["shape"]) for matrix in found]
-        shares = [[rank / side for rank in (*matrix["ranks"][:3], matrix["break_even"])]
-                  for matrix, side in zip(found, sides, strict=True)]
-        rows.append([kind, Cell([matrix["stable_rank"] for matrix in found], ".0f"),
-                     *(Cell(list(share), ".0%") for share in zip(*shares, strict=True))])
-    return Table("spectra", "", ["of all singular values", "stable rank", "hold 90% of the energy", "95%", "99%",
+    for model in ("compressed_dense", "compressed_muon"):
+        for kind, names in kinds.items():
+            found = [matrix for (record,) in commands(study, model, command="spectrum")
+                     for name, matrix in record["matrices"].items()
+                     if name.removesuffix(".weight").rpartition(".")[2] in names]
+            shares = [[rank / min(matrix["shape"]) for rank in (*matrix["ranks"][:3], matrix["break_even"])]
+                      for matrix in found]
+            rows.append([f"{COMPRESSED[model]}: {kind}", Cell([matrix["stable_rank"] for matrix in found], ".0f"),
+                         *(Cell(list(share), ".0%") for share in zip(*shares, strict=True))])
+    return Table("spectra", "", ["share of the singular values", "stable rank", "for 90% of the energy", "95%", "99%",
                                  "break-even"], rows)
 
 
@@ -667,24 +668,29 @@ def budget_figure(study):
 def compressed_figure(study):
     """The loss against all parameters, after cuts of trained models."""
     figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    np, plt = plot_logs.np, plot_logs.plt
-    styles, handles = {"fisher, global": "-", "inputs, uniform": "--", "plain, uniform": ":"}, []
+    plt = plot_logs.plt
+    styles, handles = {"fisher": "-", "inputs": "--", "plain": ":"}, []
     for name, color in (("compressed_dense", "dense"), ("compressed_muon", "controlled"), ("compressed_v11", "cut")):
         seeds = [found for found, in commands(study, name, command="compare", only="all")]
         before, color = fmean(seed["loss_before"] for seed in seeds), plot_logs.COLORS[color]
-        for cut, style in styles.items():
-            at = np.array([[row["cuts"][cut]["parameters"] / 1e6 for row in seed["rows"]] for seed in seeds]).mean(0)
-            increases = np.array([[row["cuts"][cut]["increase"] for row in seed["rows"]] for seed in seeds])
-            axes.plot(at, before + increases.mean(0), style, marker="o", markersize=3, color=color)
+        for metric, style in styles.items():
+            points = []
+            for i in range(len(seeds[0]["rows"])):
+                cuts = [{key: fmean(seed["rows"][i]["cuts"][f"{metric}, {how}"][key] for seed in seeds)
+                         for key in ("parameters", "increase")} for how in ("uniform", "global")]
+                points.append(min(cuts, key=lambda cut: cut["increase"]))
+            axes.plot([point["parameters"] / 1e6 for point in points], [before + point["increase"] for point in points],
+                      style, marker="o", markersize=3, color=color)
         axes.plot(seeds[0]["before"]["all"] / 1e6, before, "*", markersize=11, color=color)
         handles.append(plt.Line2D([], [], color=color, marker="*", markersize=9, label=COMPRESSED[name]))
     handles += [plt.Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in (
-        ("-", "Fisher metric, one budget"), ("--", "whitened by the inputs, one share"),
-        (":", "plain SVD, one share"))]
-    axes.set(xscale="log", xlabel="million parameters, embedding and head included; star: not cut",
+        ("-", "metric: fisher"), ("--", "inputs"), (":", "plain SVD"))]
+    axes.set(xscale="log", xlabel="million parameters, embedding and head included",
              ylabel="loss on the second half of the held-out text",
              title="Half of a dense model, cut in the Fisher metric, is as good as all of it"
              if study.is_reference else "Trained models, cut")
+    figure.supxlabel("star: not cut; each metric with the better of one share for all matrices and one budget",
+                     fontsize=8)
     if study.is_reference:
         axes.set_ylim(5.85, 7.3)
     plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)

@@ -252,27 +252,49 @@ def energy(kind, column):
 
 
 DENSE, MUON, V11 = "compressed_dense", "compressed_muon", "compressed_v11"
+
+
+def interval_of(values, others):
+    """The 95% interval of the difference of two lists of numbers, seed by seed."""
+    return "{:+.3f} to {:+.3f}".format(*results.interval([v - o for v, o in zip(values, others, strict=True)]))
+
+
+def work(name, other):
+    """-> (multiplications, time) of one arm over the other's"""
+    time = STUDY.costs["over_dense"]
+    return STUDY.mean(name, multiplications) / STUDY.mean(other, multiplications), time[name] / time[other]
+
+
 SENTENCES_OF_COMPRESSION = [
-    lambda: f"Cut to half of its parameters, embedding and head included, the dense model is as good as before: "
-            f"{costs(DENSE, 'all', 0.5)} nats with AdamW, {costs(MUON, 'all', 0.5)} with Muon.",
-    lambda: f"A quarter costs {costs(DENSE, 'all', 0.25)} and {costs(MUON, 'all', 0.25)}; with plain SVD, "
-            f"{costs(DENSE, 'all', 0.25, 'plain, uniform')} and {costs(MUON, 'all', 0.25, 'plain, uniform')}.",
-    lambda: f"a quarter of them is enough after AdamW ({costs(DENSE, 'linear', 0.25)}), and costs "
-            f"{costs(MUON, 'linear', 0.25)} after Muon, whose weights use more directions.",
+    lambda: f"Half of a dense model's parameters, embedding and head included, can go at no cost that three seeds "
+            f"show: {costs(DENSE, 'all', 0.5)} nats with AdamW, {costs(MUON, 'all', 0.5)} with Muon.",
+    lambda: f"Cut to a quarter, the two lose {costs(DENSE, 'all', 0.25)} and {costs(MUON, 'all', 0.25)}; by plain SVD, "
+            f"at one share for every matrix, {costs(DENSE, 'all', 0.25, 'plain, uniform')} and "
+            f"{costs(MUON, 'all', 0.25, 'plain, uniform')}. Most of that is the metric: at one share it loses "
+            f"{costs(DENSE, 'all', 0.25, 'fisher, uniform')} and {costs(MUON, 'all', 0.25, 'fisher, uniform')}.",
+    lambda: f"a quarter of their parameters is enough for the model trained with AdamW "
+            f"({costs(DENSE, 'linear', 0.25)}), and costs the one trained with Muon {costs(MUON, 'linear', 0.25)}.",
+    lambda: f"linear layers cut to half lose {costs(DENSE, 'linear', 0.5)} and {costs(MUON, 'linear', 0.5)},",
+    lambda: f"v11 cut to half loses {costs(V11, 'all', 0.5)} in the Fisher metric and "
+            f"{costs(V11, 'all', 0.5, 'plain, global')} by plain SVD under one budget",
     lambda: f"keep {fits(DENSE, kept, '.0%')} of all parameters after AdamW and {fits(MUON, kept, '.0%')} after Muon, "
             f"at {fits(DENSE, rise, '+.1%')} and {fits(MUON, rise, '+.1%')} on the reporting half.",
-    lambda: f"v11's, which is within 5% on the deciding half, is {fits(V11, rise, '+.1%')} on the other:",
-    lambda: f"At 1.4 million parameters in all, the dense model with Muon, cut to a quarter, is "
-            f"{above(compared(V11), compared(MUON, 0.25))} nats below v11 as it was trained; the one with AdamW is "
-            f"level with it ({above(compared(V11), compared(DENSE, 0.25))} lower).",
-    lambda: f"Muon's takes {STUDY.mean('dense_muon', multiplications) / STUDY.mean('v11_tenth', multiplications):.1f} "
-            "times v11's multiplications to train, though,",
+    lambda: f"v11's is within 5% on the half that decided, and {fits(V11, rise, '.1%')} worse on the other,",
+    lambda: f"uncut, v11 is {above(compared(V11), compared(DENSE))} above the dense model with AdamW, although the two "
+            "are level on the whole held-out text (section 10).",
+    lambda: f"At 1.4 million parameters in all, the dense model with Muon, cut to a quarter, ends "
+            f"{above(compared(V11), compared(MUON, 0.25))} below v11 as it was trained (95% interval: "
+            f"{interval_of(compared(V11), compared(MUON, 0.25))}), the one with AdamW "
+            f"{above(compared(V11), compared(DENSE, 0.25))} "
+            f"({interval_of(compared(V11), compared(DENSE, 0.25))}).",
+    lambda: "It takes {:.1f} times v11's multiplications to train the first, and {:.1f} times its time; for the "
+            "second, {:.1f} and {:.1f}.".format(*work("dense_muon", "v11_tenth"), *work("dense_adamw", "v11_tenth")),
     lambda: f"At 0.7 million, v11 cut to half and the dense model with AdamW cut to an eighth are level "
             f"({above(compared(V11, 0.5), compared(DENSE, 0.125))}).",
     lambda: f"{share_of_ends(V11)} of its parameters are embedding and head",
-    lambda: f"In the attention layers 95% of the energy takes {energy('attention', 3)} of the singular values on "
-            f"average, where break-even is 50%; in the feed-forward layers {energy('feed-forward', 3)}, where it is "
-            "80%.",
+    lambda: f"In the attention layers 95% of the energy takes {energy('dense, AdamW: attention', 3)} of the singular "
+            f"values on average, where break-even is 50%; in the feed-forward layers "
+            f"{energy('dense, AdamW: feed-forward', 3)}, where it is 80%.",
     lambda: f"80 steps of all factors take {above(untuned(), tuned(0))} nats off, LoRA of rank 32 "
             f"{above(untuned(), tuned(3))}, of rank 8 {above(untuned(), tuned(2))}, of rank 2 "
             f"{above(untuned(), tuned(1))}.",
@@ -281,9 +303,9 @@ IN_README = [
     lambda: f"Its loss is {by('tenth_wide', 'dense_adamw')} nats lower, and at a quarter "
             f"{by('v11_quarter', 'dense_adamw')}. The dense model with Muon is {by('dense_muon', 'v11_quarter')} "
             "below that.",
-    lambda: f"has {fits(DENSE, kept, '.0%')} of its parameters, and {fits(DENSE, kept_linear, '.0%')} of those in "
-            f"the linear layers; a dense model trained with Muon keeps {fits(MUON, kept, '.0%')} and "
-            f"{fits(MUON, kept_linear, '.0%')}.",
+    lambda: f"within 5% of its perplexity on one half of the held-out text keeps {fits(DENSE, kept, '.0%')} of them "
+            f"({fits(DENSE, kept_linear, '.0%')} of those in linear layers), at {fits(DENSE, rise, '+.1%')} on the "
+            f"other; for a model trained with Muon it is {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
 ]
 
 
@@ -409,8 +431,8 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "takes 1.00 times as long as with AdamW in float32, and 1.03 times in bfloat16",
      lambda: [f"{ratio:.2f}" for ratio in measured("step time of v10 with v11's optimizer / with AdamW")]
      == ["1.00", "1.03"]),
-    ("RESULTS", "reads and writes twice as fast as the dense one, or more",
-     lambda: all(round(ratio) >= 2 for name in ("evaluate", "generate")
+    ("RESULTS", "generates about twice as fast as the dense one, or a little more",
+     lambda: all(1.9 < ratio < 2.7 for name in ("evaluate", "generate")
                  for ratio in measured(f"time to {name} with v7 / with v7 cut to a quarter"))),
     ("RESULTS", "come within 0.2% of the least error, 25 times as fast for a large square matrix",
      lambda: all(found["randomised"][1] < 1.0025 for found in BENCH["svds"].values())

@@ -305,7 +305,7 @@ IN_README = [
             "below that.",
     lambda: f"within 5% of its perplexity on one half of the held-out text keeps {fits(DENSE, kept, '.0%')} of them "
             f"({fits(DENSE, kept_linear, '.0%')} of those in linear layers), at {fits(DENSE, rise, '+.1%')} on the "
-            f"other; for a model trained with Muon it is {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
+            f"other; trained with Muon, {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
 ]
 
 

@@ -7,8 +7,10 @@ models do. Compute is counted (counts.py), in multiplications. Two readings of H
                 and over the budgets N_opt ~ C^a, D_opt ~ C^b, loss ~ C^-c
     parametric  loss = A N^-alpha + B D^-beta over all runs of an arm, without a constant, since the floor is known
 
-N are the parameters in the linear layers, or all of them, and D the tokens that were read. Intervals hold 95% of 1,000
-fits to resampled residuals: what a run's distance from its curve says, not what another text or another seed would.
+D are the tokens that were read. N has three readings, since in models this small they are not in proportion: the
+parameters in the linear layers, all of them, or the multiplications that a token costs, C / 3D, for which a + b = 1.
+Intervals hold 95% of 1,000 fits to resampled residuals, widened after Student: they show the scatter about the fitted
+curve, not what another seed or text would change.
 """
 import json
 from pathlib import Path
@@ -18,10 +20,12 @@ import numpy as np
 
 import counts
 import plot_logs
-from plot_logs import DASH, Cell, Table
+from plot_logs import DASH, LogError, Table
 
 ARMS = {"adamw": "dense, AdamW", "muon": "dense, Muon", "spectron": "rank d/4, Spectron"}
 COLORS = {"adamw": "dense", "muon": "controlled", "spectron": "cut"}  # of plot_logs' families
+SIZES = {"linear": "parameters in linear layers", "parameters": "all parameters",
+         "per_token": "multiplications a token"}
 PAPER = {"a": 0.479, "b": 0.521}  # Spectron's, of its low-rank models
 DRAWS = 1000
 
@@ -35,12 +39,17 @@ class Arm(NamedTuple):
     tokens: np.ndarray
     loss: np.ndarray  # above the floor, in nats per token
 
+    @property
+    def per_token(self):
+        return self.compute / (3 * self.tokens)
+
 
 class Law(NamedTuple):
     """Fits to an arm: each array begins with that to the runs, and DRAWS to resampled ones follow, (1 + DRAWS, ...)."""
 
     N_opt: np.ndarray  # (..., budgets)
     loss: np.ndarray  # at N_opt, (..., budgets)
+    beyond: np.ndarray  # -1 or 1 where the lowest point is beyond the smallest or the largest size, (..., budgets)
     exponents: dict  # {a, b, c, alpha, beta: (...,)}
     parabolas: np.ndarray  # coefficients of the first fit, (budgets, 3), of log loss in log N
 
@@ -49,9 +58,10 @@ class Law(NamedTuple):
 
 def resampled(fitted, losses, freedom, draws, rng):
     """Logarithms of losses (...), and as many again as `draws`: what was fitted with residuals drawn from all, widened
-    for the freedom that the fit took from them -> (1 + draws, ...)."""
+    for the freedom that the fit took from them and for their number -> (1 + draws, ...)."""
     residuals = (losses - fitted).ravel()
-    residuals *= (residuals.size / freedom) ** 0.5
+    student = 1.96 + 2.4 / freedom + 2.8 / freedom**2  # its 97.5% quantile, to 2% from 4 degrees of freedom on
+    residuals *= (residuals.size / freedom) ** 0.5 * student / 1.96
     drawn = rng.choice(residuals - residuals.mean(), size=(draws, *losses.shape))
     return np.concatenate([losses[None], fitted + drawn])
 
@@ -64,23 +74,24 @@ def slope(x, y):
 
 def isoflop(log_N, log_D, log_loss, log_C, draws=0, rng=None):
     """Parabolas at each budget, and lines through what is lowest. Arguments (budgets, widths), log_C (budgets,)
-    -> (log N_opt, log loss there, exponents, the first parabolas). A lowest point beyond the widths that were run is
-    taken at the last of them."""
+    -> (log N_opt, log loss there, where it is beyond the sizes, exponents, the first parabolas). A lowest point beyond
+    the sizes that were run is taken at the last of them: `a` is then the grid's more than the law's."""
     parabolas = np.array([np.polyfit(x, y, 2) for x, y in zip(log_N, log_loss, strict=True)])
     fitted = np.array([np.polyval(p, x) for p, x in zip(parabolas, log_N, strict=True)])
     many = resampled(fitted, log_loss, log_loss.size - parabolas.size, draws, rng)  # (1 + draws, budgets, widths)
-    lowest, loss, D_opt = [], [], []
+    lowest, loss, D_opt, beyond = [], [], [], []
     for i, x in enumerate(log_N):
         coefficients = np.polyfit(x, many[:, i].T, 2)  # (3, 1 + draws)
         with np.errstate(divide="ignore", invalid="ignore"):
             at = np.where(coefficients[0] > 0, -coefficients[1] / (2 * coefficients[0]),
-                          np.where(np.polyval(coefficients, x[0]) < np.polyval(coefficients, x[-1]), x[0], x[-1]))
-        lowest.append(at.clip(x[0], x[-1]))
+                          np.where(np.polyval(coefficients, x[0]) < np.polyval(coefficients, x[-1]), -np.inf, np.inf))
+        beyond.append((at > x.max()) * 1 - (at < x.min()) * 1)
+        lowest.append(at.clip(x.min(), x.max()))
         loss.append(np.polyval(coefficients, lowest[-1]))
         D_opt.append(np.polyval(np.polyfit(x, log_D[i], 2), lowest[-1]))
-    lowest, loss, D_opt = (np.array(values).T for values in (lowest, loss, D_opt))  # (1 + draws, budgets)
+    lowest, loss, D_opt, beyond = (np.array(values).T for values in (lowest, loss, D_opt, beyond))
     exponents = {"a": slope(log_C, lowest), "b": slope(log_C, D_opt), "c": -slope(log_C, loss)}
-    return lowest, loss, exponents, parabolas
+    return lowest, loss, beyond, exponents, parabolas
 
 
 def parametric(log_N, log_D, log_losses, rounds=300):
@@ -111,42 +122,68 @@ def parametric(log_N, log_D, log_losses, rounds=300):
     return theta[:, 2], theta[:, 3], terms(theta)[2].reshape(log_losses.shape)
 
 
-def fit(arm, size="linear", draws=DRAWS):
-    """An arm's law, in its `linear` or all `parameters` -> Law."""
-    rng = np.random.default_rng(0)
+def fit(arm, size="linear", draws=DRAWS, seed=0):
+    """An arm's law in one of SIZES -> Law. Arms that are compared need seeds of their own: equal ones draw alike."""
+    rng = np.random.default_rng(seed)
     log_N, log_D, log_loss = (np.log(values) for values in (getattr(arm, size), arm.tokens, arm.loss))
     log_C = np.log(arm.compute).mean(1)
-    lowest, loss, exponents, parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
+    lowest, loss, beyond, exponents, parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
     (fitted,) = parametric(log_N, log_D, log_loss[None])[2]
     alpha, beta, _ = parametric(log_N, log_D, resampled(fitted, log_loss, log_loss.size - 4, draws, rng))
     exponents |= {"alpha": alpha, "beta": beta}
-    return Law(np.exp(lowest), np.exp(loss), exponents, parabolas)
+    return Law(np.exp(lowest), np.exp(loss), beyond, exponents, parabolas)
 
 
 # ---- The logs --------------------------------------------------------------------------------------------------------
 
 def read(folder):
-    """The arms of a folder of scaling.py's -> {name: Arm}, {} if it has not all runs. Raises LogError."""
-    arms, floor = {}, folder / "synthetic.json"
-    if not floor.is_file():
+    """The arms of a folder of scaling.py's -> {name: Arm}, {} as long as runs are missing. Raises LogError."""
+    sidecar = folder / "synthetic.json"
+    if not sidecar.is_file():
         return {}
-    floor = json.loads(floor.read_text(encoding="utf-8"))["context_floor"]
+    try:
+        text = json.loads(sidecar.read_text(encoding="utf-8"))
+        floor = float(text["context_floor"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise LogError(f"{sidecar} does not say what the text's floor is ({error!r})") from None
+    arms, same = {}, set()
     for name in ARMS:
         budgets = {}
         for path in sorted(folder.glob(f"{name}_c?_d*_s0.jsonl"), key=width_of):
-            if "rate" not in path.stem and (run := plot_logs.read_log(path, path.stem, 64)).end:
-                (epoch,) = run.epochs
+            run = None if "rate" in path.stem else ended(path)
+            if run:
+                (epoch,), settings = run.epochs, run.settings
+                same.add((settings["entropy_floor"], settings["block_size"], settings["dtype"], settings["device"]))
                 budgets.setdefault(path.stem.split("_")[1], []).append((
-                    counts.multiplications(run), run.settings["factor_parameters"], 1e6 * epoch["params_millions"],
+                    counts.multiplications(run), settings["factor_parameters"], 1e6 * epoch["params_millions"],
                     epoch["tokens_seen"], epoch["val_loss"] - floor))
-        if len(budgets) < 2 or len({len(runs) for runs in budgets.values()}) > 1:
-            return {}
-        arms[name] = Arm(*np.array([budgets[budget] for budget in sorted(budgets)]).transpose(2, 0, 1))
+        arms[name] = [budgets[budget] for budget in sorted(budgets)]
+    shapes = {(len(budgets), *map(len, budgets)) for budgets in arms.values()}
+    if len(shapes) > 1 or len(shape := shapes.pop()) < 3 or len({*shape[1:]}) > 1 or shape[1] < 4:
+        return {}  # all arms have as many budgets, all budgets as many sizes: two and four at least
+    if len(same) > 1 or [*same][0][:2] != (text["entropy_floor"], text["context"]):
+        raise LogError(f"{folder} mixes runs of several texts, devices or precisions")
+    arms = {name: Arm(*np.array(budgets).transpose(2, 0, 1)) for name, budgets in arms.items()}
+    if min(arm.loss.min() for arm in arms.values()) <= 0:
+        raise LogError(f"{folder} has a loss at or below the text's floor, which no honest model reaches")
     return arms
+
+
+def ended(path):
+    """The run of a log, None if it has not ended."""
+    if not any(isinstance(record, dict) and record.get("kind") == "end"
+               for _, record in plot_logs.records(path, quiet=True)):
+        return None
+    return plot_logs.read_log(path, path.stem, 64)
 
 
 def width_of(path):
     return int(path.stem.split("_")[2].removeprefix("d"))
+
+
+def scaling_folder(study: Path) -> Path:
+    """Where the runs of scaling.py lie, beside those of study.py."""
+    return study.resolve().parent / "scaling"
 
 
 # ---- Tables and figure -----------------------------------------------------------------------------------------------
@@ -158,27 +195,29 @@ def between(values, form=".3f"):
 
 
 def exponents(arms):
-    """The exponents of each arm, for two ways to count its parameters."""
+    """The exponents of each arm, for three ways to count its size."""
     rows = []
-    for name, arm in arms.items():
-        for size, what in (("linear", "linear layers"), ("parameters", "all")):
-            found = fit(arm, size).exponents
+    for seed, (name, arm) in enumerate(arms.items()):
+        for size, what in SIZES.items():
+            law = fit(arm, size, seed=seed)
             rows.append([f"{ARMS[name]}, N: {what}",
-                         *(between(found[key]) for key in ("a", "b", "c", "alpha", "beta"))])
-    rows.append(["Spectron's paper, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 3])
+                         *(between(law.exponents[key]) for key in ("a", "b", "c", "alpha", "beta")),
+                         f"{(law.beyond != 0).mean():.0%}"])
+    rows.append(["Spectron's paper, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 4])
     return Table("exponents", "", ["95% intervals", "N_opt ~ C^a", "D_opt ~ C^b", "loss ~ C^-c",
-                                   "A N^-alpha + B D^-beta: alpha", "beta"], rows)
+                                   "A N^-alpha + B D^-beta: alpha", "beta", "lowest points beyond the sizes"], rows)
 
 
 def equal_compute(arms):
     """The lowest loss of each arm at each budget, low rank beside dense, and the size that has it."""
-    laws, rows = {name: fit(arm) for name, arm in arms.items()}, []
+    laws, rows = {name: fit(arm, seed=seed) for seed, (name, arm) in enumerate(arms.items())}, []
     for i in range(arms["adamw"].compute.shape[0]):
         low = laws["spectron"].loss[:, i]
+        at = [{-1: "at most ", 0: "", 1: "at least "}[law.beyond[0, i]] + f"{law.N_opt[0, i] / 1e3:,.0f}"
+              for law in laws.values()]
         rows.append([f"{np.mean([arm.compute[i].mean() for arm in arms.values()]):.1e}",
-                     *(between(laws[name].loss[:, i]) for name in arms),
-                     *(between(low - laws[name].loss[:, i], "+.3f") for name in ("adamw", "muon")),
-                     *(Cell(laws[name].N_opt[0, i] / 1e3, ",.0f") for name in arms)])
+                     *(between(law.loss[:, i]) for law in laws.values()),
+                     *(between(low - laws[name].loss[:, i], "+.3f") for name in ("adamw", "muon")), *at])
     return Table("equal_compute", "", [
         "multiplications", *ARMS.values(), *(f"Spectron {DASH} {ARMS[name]}" for name in ("adamw", "muon")),
         *(f"thousand linear parameters there: {label}" for label in ARMS.values())], rows)
@@ -196,7 +235,7 @@ def law_figure(arms):
             axes.plot(np.exp(at), np.exp(np.polyval(parabola, at)), color=color, alpha=shade, linewidth=1)
             axes.plot(arm.linear[i], arm.loss[i], "o", color=color, alpha=shade, markersize=4)
             axes.plot(law.N_opt[0, i], law.loss[0, i], "*", color="black", markersize=8)
-            axes.annotate(f"{arm.compute[i].mean():.0e}", (arm.linear[i, -1], arm.loss[i, -1]), (4, 0),
+            axes.annotate(f"{arm.compute[i].mean():.1e}", (arm.linear[i, -1], arm.loss[i, -1]), (4, 0),
                           textcoords="offset points", fontsize=7, color=color, va="center")
         axes.set(xscale="log", yscale="log", xlabel="parameters in the linear layers", title=ARMS[name])
         axes.margins(x=0.2)
@@ -208,8 +247,3 @@ def law_figure(arms):
 
 
 TABLES, FIGURES = {"exponents": exponents, "equal_compute": equal_compute}, {"law": law_figure}
-
-
-def scaling_folder(study: Path) -> Path:
-    """Where the runs of scaling.py lie, beside those of study.py."""
-    return study.resolve().parent / "scaling"

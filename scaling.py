@@ -1,17 +1,20 @@
 """The scaling law: how the loss falls with compute, dense and of low rank, on a text whose entropy is known.
 
     python3 scaling.py               every run that is not done yet, two side by side    -> logs/scaling/
-    python3 scaling.py --list        each run, its command, and whether it is done
+    python3 scaling.py --list        each run, and whether it is done
 
 Three arms: dense layers with AdamW, dense layers with Muon, and factors of a quarter of the width with Spectron, which
 is the ratio of its paper. The head is tied in all. Each arm has four budgets of compute, a factor of 3 apart, and five
-widths at each budget, trained for as many steps as the budget allows. A run reads a synthetic text once, so no token is
-a target twice. Rates are tuned at the smallest and at the largest width; those between are interpolated. law.py fits
-power laws to the logs, and `results.py` shows them.
+widths at each budget, trained for as many steps as the budget allows. The text is synthetic, and no run reads a token
+of it twice. Rates are tuned at two ends, the smallest width of the smallest budget and the largest of the last but one;
+the others lie on the line through these two. So what is due to a run's length counts as due to its width. law.py fits
+power laws to the logs, and results.py shows them.
 """
 import argparse
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,10 +83,13 @@ class Scaling(study.Study):
 
     def factor(self, arm, width):
         """What the rate of a width is multiplied by: in logarithms on a line through the best ones of two widths."""
-        (low, first), (high, last) = sorted(
-            (tried, of_name(min(names, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"]))[-1])
-            for tried, names in tries(arm).items())
+        (low, first), (high, last) = self.best(arm)
         return first * (last / first) ** (math.log(width / low) / math.log(high / low))
+
+    def best(self, arm):
+        """[(a width, the best factor of those that were tried at it)], the smallest width first."""
+        return sorted((width, of_name(min(names, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"]
+                                          ))[-1]) for width, names in tries(arm).items())
 
     def command(self, run):
         arm, budget, width, factor = of_name(run.name)
@@ -104,19 +110,38 @@ class Scaling(study.Study):
         return f"{ARMS[arm]}, width {width}, {BLOCKS[width]} blocks, {steps(arm, budget, width):,} steps, {rate}"
 
     def prepare(self):
-        """Make the text, as long as the longest run needs it, and a folder of its tokens."""
+        """Make the text, as long as the longest run needs it, and a folder of its tokens. Raises UserError if there are
+        runs of another precision, or if the folder is not that of the text."""
+        for run in self.runs:
+            if any(record["dtype"] != self.args.dtype for record in self.records(run.stem, "run")):
+                raise v10.UserError(f"{self.log(run.stem)} is of another --dtype than {self.args.dtype}: choose "
+                                    "another --out")
         most = max(steps(arm, i, width) for arm in ARMS for i, width in points(arm))
         tokens = math.ceil((SIZE["batch_size"] * (SIZE["block_size"] * most + 1) + 1) / (1 - HELD_OUT))
         text, folder = self.folder.with_suffix(".tokens"), self.folder
         if not folder.exists():
+            shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)  # of a start that was cut off
             for script, flags in (("synthetic.py", [*TEXT.split(), "--tokens", tokens, "--out", text]),
                                   ("prepare.py", [text, "--out", folder])):
                 if subprocess.run([sys.executable, v10.HERE / "data" / script, *map(str, flags)]).returncode:
                     raise v10.UserError(f"data/{script} could not make {flags[-1]}: see above")
-            text.unlink()
+        text.unlink(missing_ok=True)
+        try:
+            sidecar, corpus = (json.loads(path.read_text(encoding="utf-8"))
+                               for path in (text.with_suffix(".json"), folder / "corpus.json"))
+            same = sidecar["entropy_floor"] == corpus["entropy_floor"] and sidecar["context"] == SIZE["block_size"]
+        except (OSError, ValueError, LookupError, TypeError):
+            same = False
+        if not same:
+            raise v10.UserError(f"{folder} and {text.with_suffix('.json')} are not of one text: remove both, and the "
+                                "runs that read it")
 
     def measure(self):
-        """Nothing: compute is counted."""
+        """Say where a tuned rate is at the edge of what was tried; compute is counted, not measured."""
+        for arm in ARMS:
+            for width, factor in self.best(arm):
+                if factor in (min(TRIED), max(TRIED)):
+                    v10.say(f"*** {arm}, width {width}: the best rate is at the edge of those that were tried")
 
 
 @v10.screens()

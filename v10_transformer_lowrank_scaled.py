@@ -2196,6 +2196,9 @@ def read_request(args, variant, command, locks):
         settings["init_rank"] = None
     once(files.claim, locks)
     checkpoint = find_checkpoint(args, files)
+    if len(steps := set(gather(checkpoint and checkpoint["state"]["step"]))) > 1:
+        raise UserError(f"the processes found different checkpoints, of the steps {', '.join(map(str, steps))}: "
+                        f"{files.last} has to lie on a disk that all machines share")
     moved = checkpoint is not None and compare_settings(
         args, settings, vars(build_parser(variant).parse_args([])), checkpoint, files)
     initial_ranks = final_ranks(Path(args.ranks_from)) if args.ranks_from and not checkpoint else []

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 BLOCK = 2**20  # tokens at a time
+READERS = 2**12  # blocks of --context at a time
 ZIPF = 1.0  # the exponent of Zipf's law within a class
 SPARSITY = 0.15  # Dirichlet concentration of a class's successors: small means few of them
 SYLLABLES = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]  # 80
@@ -102,8 +103,8 @@ def stationary(generator):
 
 
 def block_losses(generator, tokens, context):
-    """-log P(token | the tokens before it in its block) under the true generator: what a reader loses at least whose
-    context is a block of so many inputs. tokens (N,), cut as v10's evaluation cuts them -> nats (N - 1,)."""
+    """-log P(token | the tokens before it in its block) under the true generator: the lowest loss possible for a reader
+    whose context is a block of so many inputs. tokens (N,), cut as v10's evaluation cuts them -> nats (N - 1,)."""
     n_topics, n_classes, _ = generator.transitions.shape
     context = min(context, len(tokens) - 1)
     whole = (len(tokens) - 1) // context * context
@@ -158,10 +159,10 @@ def write(args):
                 file.write(data)
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "context")}
         if args.context:
-            step = args.context * 2**12
-            of_blocks = [block_losses(generator, drawn[i:i + step + 1].astype(np.int64), args.context)
-                         for i in range(first - 1, at - 1, step)]
-            settings |= {"context": args.context, "context_floor": float(np.concatenate(of_blocks).mean())}
+            step = args.context * READERS
+            total = sum(block_losses(generator, drawn[i:i + step + 1].astype(np.int64), args.context).sum()
+                        for i in range(first - 1, at - 1, step))
+            settings |= {"context": args.context, "context_floor": float(total / (at - first))}
         del drawn  # Windows keeps a file that is mapped
         sidecar.write_text(json.dumps({
             "sha256": digest.hexdigest(), "entropy_floor": float(floor), "unit": "nats per token",
@@ -218,4 +219,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):  # what was begun is gone, and nobody wants a traceback
+        sys.exit(main())
+    sys.exit(130)

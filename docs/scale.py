@@ -83,6 +83,12 @@ def of_model(sizes, rank, tied, optimizer):
             "operations": 6 * sum(per_token.values())}  # a token's, forward and backward, two for each multiplication
 
 
+def two_digits(number):
+    """Rounded down."""
+    unit = 10 ** max(len(f"{number:.0f}") - 2, 0)
+    return number // unit * unit
+
+
 def memory():
     rows = []
     for label, model in MODELS.items():
@@ -91,10 +97,11 @@ def memory():
         rows.append([label, Cell(found["parameters"] / 1e6, ",.1f"), Cell(found["linear"] / 1e6, ",.1f"),
                      *(Cell(found[part] / 1e9, ".2f")
                        for part in ("state", "moments", "weights", "sequence", "logits")),
-                     Cell((GPU["memory"] - fixed) // found["sequence"], ",.0f")])
+                     Cell(two_digits((GPU["memory"] - fixed) / found["sequence"]), ",.0f")])
     return Table("memory", "", [
         "GB, computed", "M parameters", "in the linear layers", "parameters and gradients", "moments",
-        "weights in bfloat16", "activations of a sequence", "its logits, were they whole", "sequences in 80 GB"], rows)
+        "weights in bfloat16", "activations of a sequence", "its logits, were they whole",
+        "sequences in 80 GB, at most"], rows)
 
 
 def exchange():
@@ -104,7 +111,7 @@ def exchange():
         rows.append([label, Cell(found["exchange"] / 1e9, ".2f"),
                      *(Cell(found["exchange"] / machine["network"] * machine["rate"] / found["operations"], ",.0f")
                        for machine in (GPU, CPU))])
-    return Table("exchange", "", ["computed", "GB that a process sends and receives in a step",
+    return Table("exchange", "", ["computed", "GB that a process sends, and receives, in a step",
                                   "tokens a step, GPU and 10 Gbit/s", "two CPU cores and 1 Gbit/s"], rows)
 
 

@@ -528,6 +528,18 @@ def test_a_run_is_not_resumed_from_a_model_alone(run, capsys):
     assert "holds only a model" in capsys.readouterr().err
 
 
+def test_processes_that_find_different_checkpoints_do_not_start(run, capsys, monkeypatch):
+    log = run("--epochs", 1)
+    before = log.read_bytes()
+    for elsewhere in (None, 7):  # what another machine finds on a disk of its own
+        monkeypatch.setattr(v10, "gather", lambda value, other=elsewhere: [value, other])
+        run("--resume", "--epochs", 2, code=2)
+        said = capsys.readouterr().err
+        assert "different checkpoints" in said
+        assert "on a disk that all machines share" in said
+    assert log.read_bytes() == before
+
+
 def test_other_settings_are_named_and_other_minutes_are_not(run, capsys):
     log = run("--epochs", 2)
     run("--resume", "--lr", 0.02, "--dropout", 0.5, code=2)

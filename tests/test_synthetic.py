@@ -69,6 +69,13 @@ def test_a_block_is_predicted_from_its_first_class_and_what_follows_in_it(switch
     assert synthetic.block_losses(generator, tokens, context) == pytest.approx(losses, rel=1e-9)
 
 
+def test_the_floor_in_context_does_not_depend_on_how_many_blocks_are_read_at_a_time(tmp_path, monkeypatch):
+    flags = ("--tokens", 20_000, "--words", 100, "--val-fraction", 0.3, "--context", 7)
+    at_once = make(tmp_path, *flags)[1]["context_floor"]
+    monkeypatch.setattr(synthetic, "READERS", 3)
+    assert make(tmp_path, *flags)[1]["context_floor"] == pytest.approx(at_once, rel=1e-12)
+
+
 def test_the_floor_in_context_lies_above_the_entropy_and_meets_it_where_topics_say_nothing(tmp_path):
     wide, narrow = (make(tmp_path, "--tokens", 20_000, "--words", 100, "--val-fraction", 0.5, "--context", context)[1]
                     for context in (64, 4))

@@ -195,8 +195,8 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
 
 def weighted_gram(rows: Tensor, weights: Tensor, level: Tensor | float = 0.0) -> Tensor:
     """The sum of weight w (r - level) (r - level)^T over the rows r of a matrix (V, R), in float64 -> (R, R)."""
-    parts = zip(rows.split(4096), weights.split(4096), strict=True)
-    return sum((w * (r.double() - level).mT) @ (r.double() - level) for r, w in parts)
+    parts = ((part.double() - level, w) for part, w in zip(rows.split(4096), weights.split(4096), strict=True))
+    return sum((w * r.mT) @ r for r, w in parts)
 
 
 # ---- How many ranks each matrix gets ---------------------------------------------------------------------------------

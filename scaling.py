@@ -35,10 +35,12 @@ BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 3, 3, 4, 4, 5, 6), strict=True))
 BUDGETS = [1e12 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
 FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
 HELD_OUT = 0.005  # of the text
-TEXT = f"--words 500 --topics 4 --classes 50 --switch 0.01 --seed 1 --context 64 --val-fraction {HELD_OUT}"
 SIZE = {"vocab_size": 500, "block_size": 64, "batch_size": 32}
-COMMON = ("--block-size 64 --batch-size 32 --epochs 1 --one-pass --lr-schedule cosine --dropout 0 --weight-decay 0.01 "
-          f"--checkpoint-minutes 60 --val-fraction {HELD_OUT} --dtype {{dtype}} --n-heads {{heads}}")
+TEXT = (f"--words {SIZE['vocab_size']} --topics 4 --classes 50 --switch 0.01 --seed 1 --context {SIZE['block_size']} "
+        f"--val-fraction {HELD_OUT}")
+COMMON = (f"--block-size {SIZE['block_size']} --batch-size {SIZE['batch_size']} --epochs 1 --one-pass --dropout 0 "
+          f"--lr-schedule cosine --weight-decay 0.01 --checkpoint-minutes 60 --val-fraction {HELD_OUT} "
+          "--dtype {dtype} --n-heads {heads}")
 
 
 def points(arm):
@@ -151,7 +153,7 @@ def main(argv=None):
     parser.add_argument("--out", type=os.path.expanduser, default="logs/scaling", help="folder of the logs")
     parser.add_argument("--jobs", type=v10.number(int, least=1, below=1000), default=2, help="runs side by side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
-    parser.add_argument("--list", action="store_true", help="print each run, its command, and whether it is done")
+    parser.add_argument("--list", action="store_true", help="print each run, and whether it is done")
     return study.conduct(Scaling, parser, argv)
 
 

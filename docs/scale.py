@@ -49,20 +49,23 @@ def saved_bytes(run):
             storages[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that its place is not taken again
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values()), out
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def linear_of(rank):
+    return v10.DenseLinear if rank is None else lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank)
 
 
 def of_a_sequence(sizes, rank, dropout=0.1):
     """(bytes that autograd keeps of a sequence in all blocks, bytes of the weights in bfloat16 that it keeps once)"""
     config = v10.GPTConfig(**sizes, d_ff=4 * sizes["d_model"], dropout=dropout)
-    block = v10.Block(config, v10.DenseLinear if rank is None else
-                      lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank))
+    block = v10.Block(config, linear_of(rank))
     kept = []
     for sequences in (1, 2):
         x = torch.zeros(sequences, config.block_size, config.d_model, requires_grad=True)
         with mock.patch.object(v10, "attention", fused), torch.autocast("cpu", torch.bfloat16):
-            kept.append(saved_bytes(lambda x=x: block(x))[0])
+            kept.append(saved_bytes(lambda x=x: block(x)))
     one, two = kept
     return config.n_layers * (two - one), config.n_layers * (2 * one - two)
 
@@ -73,13 +76,14 @@ def of_model(sizes, rank, tied, optimizer):
     settings = counts.settings_of(**sizes_only, batch_size=1, optimizer=optimizer)
     ranks = None if rank is None else [rank] * len(settings["layers"])
     per_token = counts.token_multiplications(settings, ranks)
-    C, V, T, n = (sizes[name] for name in ("d_model", "vocab_size", "block_size", "n_layers"))
-    parameters = per_token["linear"] + (1 if tied else 2) * C * V + V + T * C + (2 * n + 1) * 2 * C
+    with torch.device("meta"):
+        parameters = v10.count_parameters(v10.GPT(v10.GPTConfig(
+            **sizes, d_ff=4 * sizes["d_model"], tie_embeddings=tied), linear_of(rank)))
     on_factors = per_token["linear"] if optimizer in ("muon", "spectron") else 0  # they have one moment, the others two
     sequence, weights = of_a_sequence(sizes, rank)
     return {"parameters": parameters, "linear": per_token["linear"], "state": 8 * parameters,
             "moments": 8 * parameters - 4 * on_factors, "sequence": sequence, "weights": weights,
-            "logits": 4 * T * V, "exchange": 8 * parameters,
+            "logits": 4 * sizes["block_size"] * sizes["vocab_size"], "exchange": 8 * parameters,
             "operations": 6 * sum(per_token.values())}  # a token's, forward and backward, two for each multiplication
 
 

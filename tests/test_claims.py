@@ -73,8 +73,7 @@ def worth_of_decay(arm):
 
 def by(lower, higher, value=last_loss):
     """By how much the loss of one arm is below the other's, over paired seeds, with the standard error."""
-    differences = STUDY.differences(higher, lower, value)
-    return f"{fmean(differences):.3f} \N{PLUS-MINUS SIGN} {results.standard_error(differences):.3f}"
+    return results.plus_minus(STUDY.differences(higher, lower, value), ".3f")
 
 
 def step_ratios(arm, of_layers, since, against="dense_adamw_tied"):
@@ -124,8 +123,7 @@ SENTENCES = [  # of RESULTS.md's section on v11, their numbers computed here
     lambda: f"the largest is {largest_share_of_eta():.2f} of the eta of its step",
 ]
 def signed(name, other):
-    differences = STUDY.differences(name, other, last_loss)
-    return f"{fmean(differences):+.3f} \N{PLUS-MINUS SIGN} {results.standard_error(differences):.3f}"
+    return results.plus_minus(STUDY.differences(name, other, last_loss))
 
 
 def interval(name, other):

@@ -236,7 +236,6 @@ def native_dtypes(device):
 
 def measure(args):
     """One dtype's results, as a dict for JSON."""
-    full, half, quarter = (f"v10@{rank}" for rank in (args.rank, args.rank // 2, args.rank // 4))
     device, dtype = v10.pick_device(args.device), getattr(torch, args.dtype)
     flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
     matrices = [torch.randn(LARGE, LARGE, dtype=dtype, device=device) for _ in range(3)]
@@ -245,14 +244,15 @@ def measure(args):
         layers = [layer.factors() for layer in model.linears().values()]
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
-    step = make_step(full, args)
+    step = make_step(f"v10@{args.rank}", args)
     entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices)}
     if device.type == "cpu":
-        entries["two"] = lambda: elsewhere(full, args, 2)[0]
-    for kind in (half, quarter, "v7", "literal", "spectron", *["compiled"] * args.compile):
+        entries["two"] = lambda: elsewhere(f"v10@{args.rank}", args, 2)[0]
+    for kind in (f"v10@{args.rank // 2}", f"v10@{args.rank // 4}", "v7", "literal", "spectron",
+                 *["compiled"] * args.compile):
         entries[kind] = functools.partial(seconds, make_step(kind, args))
     if args.dtype != "float32":
-        entries["float32"] = functools.partial(seconds, make_step(full, with_dtype(args, "float32")))
+        entries["float32"] = functools.partial(seconds, make_step(f"v10@{args.rank}", with_dtype(args, "float32")))
     uses = {kind: make_uses(kind, args) for kind in ("v7", "cut")}
     rounds = []
     for number in range(args.rounds + 1):  # the first one warms up
@@ -273,39 +273,45 @@ def measure(args):
         print(f"{args.dtype}, round {number} of {args.rounds}: " + ", ".join(
             "{} {seconds:.3f} s, v10 {v10:.3f} s".format(name, **value) if isinstance(value, dict) else
             f"{name} {value:.3f} s" for name, value in taken.items()), flush=True)
-    warm = rounds[1:]
     large_literal = seconds(lambda: list(literal_rank_update(large, shrunk)))  # once: it takes long enough
-    memory = {kind: elsewhere(kind, args)[1] for kind in (full, "v7", "literal")}
+    memory = {kind: elsewhere(kind, args)[1] for kind in (f"v10@{args.rank}", "v7", "literal")}
+    return {"flop": flop, "rounds": rounds[1:], "large_literal_seconds": large_literal, "memory_mb": memory,
+            "measured": ratios(args, rounds[1:], large_literal, memory)}
 
+
+def ratios(args, rounds, large_literal, memory):
+    """{what is over what: the ratio, or its median and range over the rounds}"""
     def middle(values):
         return {"median": median(values), "least": min(values), "most": max(values)}
 
     def over_v10(name):
-        return middle([taken[name]["seconds"] / taken[name]["v10"] for taken in warm])
+        return middle([taken[name]["seconds"] / taken[name]["v10"] for taken in rounds])
 
     def v10_over(name):
-        return middle([taken[name]["v10"] / taken[name]["seconds"] for taken in warm])
+        return middle([taken[name]["v10"] / taken[name]["seconds"] for taken in rounds])
+
+    def each(name, other):
+        return middle([taken[name] / taken[other] for taken in rounds])
+    v10_memory, has = memory[f"v10@{args.rank}"], rounds[0].keys()
     return {
-        "flop": flop, "rounds": warm, "large_literal_seconds": large_literal, "memory_mb": memory, "measured": {
-            "step time of v10 / floor": v10_over("floor"),
-            **({"step time of v10 in float32 / in bfloat16": over_v10("float32")} if "float32" in entries else {}),
-            "step time of the literal reading / v10": over_v10("literal"),
-            "step time of v7 / v10": over_v10("v7"),
-            f"step time of v10 at rank {args.rank // 2} / {args.rank}": over_v10(half),
-            f"step time of v10 at rank {args.rank // 4} / {args.rank}": over_v10(quarter),
-            "step time of v10 with v11's optimizer / with AdamW": over_v10("spectron"),
-            **({"step time of v10 in one process / in two": v10_over("two")} if "two" in entries else {}),
-            **({"step time of v10 / with --compile": v10_over("compiled")} if args.compile else {}),
-            "peak memory of v10 / the literal reading": memory[full] / memory["literal"],
-            "peak memory of v10 / v7": memory[full] / memory["v7"],
-            **{f"time to {name} with v7 / with v7 cut to a quarter": middle(
-                [taken[f"v7, {name}"] / taken[f"cut, {name}"] for taken in warm]) for name in ("evaluate", "generate")},
-            "time of the literal rank update / v10's": middle(
-                [taken["literal update"] / taken["update"] for taken in warm]),
-            f"the same for one layer of {args.large} x {args.large}":
-                large_literal / median(taken["large update"] for taken in warm),
-            "time of v10's rank update / an epoch of 200 steps": middle(
-                [taken["update"] / taken["v10"] / 200 for taken in warm])}}
+        "step time of v10 / floor": v10_over("floor"),
+        **({"step time of v10 in float32 / in bfloat16": over_v10("float32")} if "float32" in has else {}),
+        "step time of the literal reading / v10": over_v10("literal"),
+        "step time of v7 / v10": over_v10("v7"),
+        **{f"step time of v10 at rank {rank} / {args.rank}": over_v10(f"v10@{rank}")
+           for rank in (args.rank // 2, args.rank // 4)},
+        "step time of v10 with v11's optimizer / with AdamW": over_v10("spectron"),
+        **({"step time of v10 in one process / in two": v10_over("two")} if "two" in has else {}),
+        **({"step time of v10 / with --compile": v10_over("compiled")} if "compiled" in has else {}),
+        "peak memory of v10 / the literal reading": v10_memory / memory["literal"],
+        "peak memory of v10 / v7": v10_memory / memory["v7"],
+        **{f"time to {name} with v7 / with v7 cut to a quarter": each(f"v7, {name}", f"cut, {name}")
+           for name in ("evaluate", "generate")},
+        "time of the literal rank update / v10's": each("literal update", "update"),
+        f"the same for one layer of {args.large} x {args.large}":
+            large_literal / median(taken["large update"] for taken in rounds),
+        "time of v10's rank update / an epoch of 200 steps": middle(
+            [taken["update"] / taken["v10"] / 200 for taken in rounds])}
 
 
 def with_dtype(args, dtype):

@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
@@ -71,13 +70,11 @@ def steps(arm, budget, width):
 class Scaling(study.Study):
     """The runs, in a folder of logs."""
 
-    def __init__(self, args):
-        self.out, self.args = Path(args.out), args
-        self.failed, self.stopping, self.running, self.later = [], threading.Event(), {}, []
-        names = [name for arm in ARMS for names in tries(arm).values() for name in names]
-        self.runs = [study.Run(name) for name in [*names, *(f"{arm}_c{i}_d{width}" for arm in ARMS
-                                                            for i, width in points(arm))]]
+    def plan(self, args):
         self.folder = self.out / "synthetic"
+        names = [name for arm in ARMS for names in tries(arm).values() for name in names]
+        names += [f"{arm}_c{i}_d{width}" for arm in ARMS for i, width in points(arm)]
+        return [study.Run(name) for name in names], []
 
     def needs(self, run):
         arm, *_, factor = of_name(run.name)

@@ -190,8 +190,13 @@ class Study:
     """A folder of logs, and how its runs are made."""
 
     def __init__(self, args):
-        self.out, self.args, self.size = Path(args.out), args, SIZES[args.size] + (f" {SHORT}" if args.short else "")
+        self.out, self.args = Path(args.out), args
         self.failed, self.stopping, self.running = [], threading.Event(), {}
+        self.runs, self.later = self.plan(args)
+
+    def plan(self, args):
+        """-> (runs, those that come when the first are done)"""
+        self.size = SIZES[args.size] + (f" {SHORT}" if args.short else "")
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED),
@@ -200,7 +205,7 @@ class Study:
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
             wanted |= set(self.needs(run)) if run.stem in wanted else set()
-        self.runs, self.later = ([run for run in some if run.stem in wanted] for some in (runs, later))
+        return tuple([run for run in some if run.stem in wanted] for some in (runs, later))
 
     def log(self, stem):
         return self.out / f"{stem}.jsonl"

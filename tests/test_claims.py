@@ -128,7 +128,12 @@ def signed(name, other):
 
 def interval(name, other):
     """The 95% interval of the difference of two arms."""
-    return "{:+.3f} to {:+.3f}".format(*results.interval(STUDY.differences(name, other, last_loss)))
+    return from_to(STUDY.differences(name, other, last_loss))
+
+
+def from_to(differences):
+    """The 95% interval of their mean."""
+    return "{:+.3f} to {:+.3f}".format(*results.interval(differences))
 
 
 def jump(arm, cuts=slice(None)):
@@ -254,7 +259,7 @@ DENSE, MUON, V11 = "compressed_dense", "compressed_muon", "compressed_v11"
 
 def interval_of(values, others):
     """The 95% interval of the difference of two lists of numbers, seed by seed."""
-    return "{:+.3f} to {:+.3f}".format(*results.interval([v - o for v, o in zip(values, others, strict=True)]))
+    return from_to([v - o for v, o in zip(values, others, strict=True)])
 
 
 def work(name, other):

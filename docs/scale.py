@@ -93,10 +93,9 @@ def two_digits(number):
     return number // unit * unit
 
 
-def memory():
+def memory(models):
     rows = []
-    for label, model in MODELS.items():
-        found = of_model(*model)
+    for label, found in models.items():
         fixed = found["state"] + found["moments"] + found["weights"] + v10.LOGITS_BYTES
         rows.append([label, Cell(found["parameters"] / 1e6, ",.1f"), Cell(found["linear"] / 1e6, ",.1f"),
                      *(Cell(found[part] / 1e9, ".2f")
@@ -108,10 +107,9 @@ def memory():
         "sequences in 80 GB, at most"], rows)
 
 
-def exchange():
+def exchange(models):
     rows = []
-    for label, model in MODELS.items():
-        found = of_model(*model)
+    for label, found in models.items():
         rows.append([label, Cell(found["exchange"] / 1e9, ".2f"),
                      *(Cell(found["exchange"] / machine["network"] * machine["rate"] / found["operations"], ",.0f")
                        for machine in (GPU, CPU))])
@@ -120,7 +118,8 @@ def exchange():
 
 
 def filled(page):
-    return results.filled(page, {"memory": memory(), "exchange": exchange()})
+    models = {label: of_model(*model) for label, model in MODELS.items()}
+    return results.filled(page, {"memory": memory(models), "exchange": exchange(models)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """bench.py: it measures what it says, at a small size through its command."""
+import functools
 import json
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -9,20 +8,27 @@ import torch
 
 import bench
 import v10_transformer_lowrank_scaled as v10
-from conftest import ROOT
 
 SMALL = {"device": "cpu", "dtype": "float32", "rank": 6, "d_model": 16, "n_layers": 2, "n_heads": 2, "block_size": 8,
          "batch_size": 4, "words": 40}
 
 
 @pytest.fixture
-def results(tmp_path):
-    """-> results of the command, what it printed."""
+def results(tmp_path, monkeypatch, capsys):
+    """-> results of the command, what it printed. Large products are timed for a short time, and other processes are
+    started once for one process and once for two, not for each entry and round."""
+    started, elsewhere = {}, bench.elsewhere
+
+    def once(kind, args, processes=1):
+        if processes not in started:
+            started[processes] = elsewhere(kind, args, processes)
+        return started[processes]
+    monkeypatch.setattr(bench, "elsewhere", once)
+    monkeypatch.setattr(bench, "product_rate", functools.partial(bench.product_rate, least=0.05))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    done = subprocess.run([sys.executable, ROOT / "bench.py", *flags, "--rounds", "2", "--large", "64", "--log-file",
-                           "new/bench.json"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "new" / "bench.json").read_text()), done.stdout
+    log = tmp_path / "new" / "bench.json"
+    assert bench.main([*flags, "--rounds", "2", "--large", "64", "--log-file", str(log)]) == 0
+    return json.loads(log.read_text()), capsys.readouterr().out
 
 
 def test_its_table_follows_from_the_seconds_it_wrote(results):

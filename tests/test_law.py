@@ -1,7 +1,9 @@
 """The scaling law's fits, on data whose law is known, and the runs that scaling.py makes."""
 import argparse
+import functools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +69,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert all(0.91 <= count / 300 <= 0.99 for count in inside.values()), inside
 
 
-def test_a_lowest_point_beyond_the_sizes_is_taken_at_the_last_of_them_and_marked():
+@pytest.fixture
+def few_draws(monkeypatch):
+    """For tables whose intervals nobody reads."""
+    monkeypatch.setattr(law, "fit", functools.partial(law.fit, draws=20))
+
+
+def test_a_lowest_point_beyond_the_sizes_is_taken_at_the_last_of_them_and_marked(few_draws):
     falling, rising = law.fit(arm(N**-0.1), draws=0), law.fit(arm(N**0.1), draws=0)
     assert falling.N_opt[0] == pytest.approx(N[:, -1])
     assert rising.N_opt[0] == pytest.approx(N[:, 0])
@@ -82,7 +90,7 @@ def test_in_multiplications_a_token_the_exponents_of_size_and_tokens_add_up_to_1
     assert found["a"] + found["b"] == pytest.approx(np.ones(21), abs=1e-6)
 
 
-def test_the_tables_set_low_rank_beside_dense_at_equal_compute():
+def test_the_tables_set_low_rank_beside_dense_at_equal_compute(few_draws):
     losses = {"adamw": on_parabolas(0.5, 0.2), "muon": 0.8 * on_parabolas(0.4, 0.2), "spectron": on_parabolas(0.5, 0.2)}
     arms = {name: arm(loss) for name, loss in losses.items()}
     table = law.equal_compute(arms)
@@ -153,21 +161,32 @@ def test_another_precision_or_text_in_the_folder_is_refused(study):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder of all runs of one arm at two small budgets, made by the real commands."""
+    """A folder of all runs of one arm at two small budgets, made by their own commands, in forks of one process: twelve
+    imports of torch take most of the time."""
     out = tmp_path_factory.mktemp("scaling")
     script = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import scaling
+import scaling, v10_transformer_lowrank_scaled as v10, v11_transformer_lowrank_spectron as v11
+
+def execute(self, run, command):
+    assert command[1].endswith(v11.LowRankSpectron.name)
+    child = os.fork()
+    if not child:
+        os._exit(v10.main(command[2:], v11.LowRankSpectron()))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+scaling.Scaling.execute = execute
 scaling.ARMS, scaling.FIRST = {{"spectron": scaling.ARMS["spectron"]}}, {{"spectron": 0}}
 scaling.BUDGETS, scaling.TRIED = [2e8, 6e8], (0.5, 1)
 scaling.WIDTHS, scaling.PER_BUDGET = (8, 16, 24, 32, 48), 4
 scaling.BLOCKS |= {{8: 1, 16: 1}}
 scaling.TEXT, scaling.HELD_OUT = scaling.TEXT.replace("0.005", "0.1"), 0.1
 scaling.COMMON = scaling.COMMON.replace("0.005", "0.1")
-sys.exit(scaling.main(["--out", {str(out)!r}, "--dtype", "float32"]))
+sys.exit(scaling.main(["--out", {str(out)!r}, "--dtype", "float32", "--jobs", "1"]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return out
 
@@ -190,7 +209,7 @@ def test_the_runs_read_a_text_once_at_rates_between_the_best_of_two_widths(tiny)
         assert set(settings["initial_ranks"]) == {width // 4}
 
 
-def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path):
+def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path, few_draws):
     floor = json.loads((tiny / "synthetic.json").read_text())
     assert floor["context"] == scaling.SIZE["block_size"]
     for path in tiny.glob("*.json*"):  # the other arms' are copies

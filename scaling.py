@@ -27,16 +27,16 @@ import v10_transformer_lowrank_scaled as v10  # noqa: E402
 
 ARMS = {"adamw": "v7 --tie-embeddings", "muon": "v7 --tie-embeddings --optimizer muon --factor-decay 0",
         "spectron": "v11 --cuts 0 --factor-decay 0"}
-RATES = {"adamw": {"--lr": 4e-3}, "muon": {"--eta": 0.02, "--lr": 4e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
+RATES = {"adamw": {"--lr": 8e-3}, "muon": {"--eta": 0.04, "--lr": 8e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
 TRIED = (0.25, 0.5, 1, 2, 4)  # times these, the linear layers' and the others' together
-WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384)
-BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 3, 3, 4, 4, 5, 6), strict=True))
-BUDGETS = [1e12 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
+WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 2, 3, 3, 4, 4, 5), strict=True))
+BUDGETS = [5e11 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
 FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
 HELD_OUT = 0.005  # of the text
 SIZE = {"vocab_size": 500, "block_size": 64, "batch_size": 32}
-TEXT = (f"--words {SIZE['vocab_size']} --topics 4 --classes 50 --switch 0.01 --seed 1 --context {SIZE['block_size']} "
-        f"--val-fraction {HELD_OUT}")
+TEXT = (f"--words {SIZE['vocab_size']} --topics 64 --topic-zipf 1.5 --classes 20 --switch 0.01 --seed 1 "
+        f"--context {SIZE['block_size']} --val-fraction {HELD_OUT}")
 COMMON = (f"--block-size {SIZE['block_size']} --batch-size {SIZE['batch_size']} --epochs 1 --one-pass --dropout 0 "
           f"--lr-schedule cosine --weight-decay 0.01 --checkpoint-minutes 60 --val-fraction {HELD_OUT} "
           "--dtype {dtype} --n-heads {heads}")

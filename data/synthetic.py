@@ -1,9 +1,10 @@
 """A synthetic corpus whose entropy is known: the floor that no honest model can go below.
 
-A few hidden topics switch rarely. Each topic is a Markov chain over word classes, and each class has its own words,
-which follow Zipf's law. A word tells its class but not the topic, so a reader has to infer the topic from the words
-before, and the best possible prediction is that of the forward algorithm. Its loss on the held-out tokens is computed
-exactly and written beside the text, in nats per token, with what identifies the text: SHA-256 and val_fraction.
+Hidden topics switch rarely. Each topic is a Markov chain over word classes, and each class has its own words, which
+follow Zipf's law, as the topics may, too. A word tells its class but not the topic, so a reader has to infer the topic
+from the words before, and the best possible prediction is that of the forward algorithm. Its loss on the held-out
+tokens is computed exactly and written beside the text, in nats per token, with what identifies the text: SHA-256 and
+val_fraction.
 
     python3 data/synthetic.py                                          the corpus that is committed
     python3 data/synthetic.py --tokens 2051910 --words 33277 --out big.tokens       WikiText-2's shape
@@ -34,31 +35,34 @@ SYLLABLES = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]  # 80
 class Generator(NamedTuple):
     """The true generator. Words are numbered so that the class of word w is w % classes."""
 
-    switch: float  # chance that the topic is drawn anew, uniformly, before a token
+    switch: float  # chance that the topic is drawn anew before a token
+    topics: np.ndarray  # (topics,): P(topic), where it is drawn
     transitions: np.ndarray  # (topics, classes, classes): P(class | class before, topic)
     words: np.ndarray  # (W,): P(word | its class)
 
 
-def make_generator(n_words, n_topics, n_classes, switch, rng):
+def make_generator(n_words, n_topics, n_classes, switch, rng, topic_zipf=0.0):
     transitions = rng.dirichlet(np.full(n_classes, SPARSITY), size=(n_topics, n_classes))
     transitions = 0.99 * transitions + 0.01 / n_classes  # every class can follow every other
     words = 1.0 / (1 + np.arange(n_words) // n_classes) ** ZIPF
     for c in range(n_classes):
         words[c::n_classes] /= words[c::n_classes].sum()
-    return Generator(switch, transitions, words)
+    topics = 1.0 / (1 + np.arange(n_topics)) ** topic_zipf
+    return Generator(switch, topics / topics.sum(), transitions, words)
 
 
 def sample(generator, n_tokens, rng):
     """n_tokens words drawn from the generator -> their numbers, in pieces (N,). The class before the first is 0."""
     n_topics, n_classes, _ = generator.transitions.shape
     steps = generator.transitions.cumsum(axis=2)[:, :, :-1].tolist()
-    topic = c = 0
+    even, topic, c = len(set(generator.topics)) == 1, 0, 0
     for start in range(0, n_tokens, BLOCK):
         n = min(BLOCK, n_tokens - start)
         drawn_anew = rng.random(n) < generator.switch
         drawn_anew[0] |= start == 0
         last = np.maximum.accumulate(np.where(drawn_anew, np.arange(n), -1))  # where the topic was drawn; -1: before
-        topics = np.where(last < 0, topic, rng.integers(n_topics, size=n)[last])
+        drawn = rng.integers(n_topics, size=n) if even else rng.choice(n_topics, size=n, p=generator.topics)
+        topics = np.where(last < 0, topic, drawn[last])
         topic, classes = topics[-1], []
         for of_token, u in zip(topics.tolist(), rng.random(n).tolist(), strict=True):
             c = bisect(steps[of_token][c], u)
@@ -72,19 +76,38 @@ def sample(generator, n_tokens, rng):
         yield tokens
 
 
-def token_losses(generator, pieces):
+def memory(generator):
+    """The number of tokens after which it makes no difference in float64 what was believed of the topic before them: in
+    Hilbert's metric each brings any two beliefs closer by a factor of tanh(D / 4), D the diameter that one step leaves
+    (Birkhoff's theorem)."""
+    least = generator.switch * np.sort(generator.topics)[:2]
+    if len(least) < 2 or generator.switch == 1:
+        return 0
+    if not least[0]:
+        return np.inf
+    D = np.log((1 - generator.switch + least) / least).sum()
+    return np.log(D / 1e-17) / -np.log(np.tanh(D / 4))
+
+
+def token_losses(generator, pieces, first=0):
     """-log P(token | all tokens before it) under the true generator, by the forward algorithm -> nats, in pieces as the
-    tokens are (N,)."""
-    n_topics, n_classes, _ = generator.transitions.shape
-    belief, stay, share = [1 / n_topics] * n_topics, 1 - generator.switch, generator.switch / n_topics
-    last = 0  # the class before
+    tokens are (N,), those before token `first` empty if it makes no difference to what follows."""
+    n_classes = generator.transitions.shape[1]
+    belief, shares = generator.topics.tolist(), (generator.switch * generator.topics).tolist()
+    stay = 1 - generator.switch
+    last = at = 0  # the class before, and how many tokens there were
     for tokens in pieces:
         classes, masses = tokens % n_classes, []
+        at += len(tokens)
+        if at <= first - memory(generator):
+            last = classes[-1]
+            yield np.empty(0)
+            continue
         before = np.concatenate([[last], classes[:-1]])
         last = classes[-1]
         likelihoods = generator.transitions[:, before, classes].T.tolist()  # (N, topics): P(class | before, topic)
         for row in likelihoods:
-            joint = [(stay * b + share) * p for b, p in zip(belief, row, strict=True)]
+            joint = [(stay * b + share) * p for b, share, p in zip(belief, shares, row, strict=True)]
             mass = sum(joint)
             belief = [j / mass for j in joint]
             masses.append(mass)
@@ -93,10 +116,11 @@ def token_losses(generator, pieces):
 
 def stationary(generator):
     """The joint distribution of a token's topic and class far from the beginning -> (topics, classes)."""
-    n_topics, n_classes, _ = generator.transitions.shape
-    share, change = np.full((n_topics, n_classes), 1 / (n_topics * n_classes)), 1.0
+    n_classes = generator.transitions.shape[1]
+    share, change = np.repeat(generator.topics[:, None], n_classes, axis=1) / n_classes, 1.0
     while change > 1e-13:
-        before = (1 - generator.switch) * share + generator.switch * share.mean(0)  # the topic is drawn, then the class
+        drawn = generator.topics[:, None] * share.sum(0)  # the topic is drawn, then the class
+        before = (1 - generator.switch) * share + generator.switch * drawn
         after = np.einsum("kc,kcd->kd", before, generator.transitions)
         share, change = after, np.abs(after - share).sum()
     return share
@@ -105,7 +129,7 @@ def stationary(generator):
 def block_losses(generator, tokens, context):
     """-log P(token | the tokens before it in its block) under the true generator: the lowest loss possible for a reader
     whose context is a block of so many inputs. tokens (N,), cut as v10's evaluation cuts them -> nats (N - 1,)."""
-    n_topics, n_classes, _ = generator.transitions.shape
+    n_classes = generator.transitions.shape[1]
     context = min(context, len(tokens) - 1)
     whole = (len(tokens) - 1) // context * context
     classes = np.lib.stride_tricks.sliding_window_view(tokens[:whole + 1] % n_classes, context + 1)[::context]
@@ -113,7 +137,7 @@ def block_losses(generator, tokens, context):
     belief /= belief.sum(1, keepdims=True)
     masses = np.empty((len(classes), context))
     for i in range(context):
-        prior = (1 - generator.switch) * belief + generator.switch / n_topics
+        prior = (1 - generator.switch) * belief + generator.switch * generator.topics
         joint = prior * generator.transitions[:, classes[:, i], classes[:, i + 1]].T
         masses[:, i] = joint.sum(1)
         belief = joint / masses[:, i, None]
@@ -132,7 +156,7 @@ def spell(n_words, rng):
 def write(args):
     """Write the text and its sidecar, each under its name once it is whole -> the entropy floor."""
     rng = np.random.default_rng(args.seed)
-    generator = make_generator(args.words, args.topics, args.classes, args.switch, rng)
+    generator = make_generator(args.words, args.topics, args.classes, args.switch, rng, args.topic_zipf)
     first = int((1 - args.val_fraction) * args.tokens) + 1 - args.words  # the first held-out token that v10 predicts
     parts = [args.out.with_name(args.out.name + end) for end in (".numbers.part", ".part", ".json.part")]
     numbers, text, sidecar = parts
@@ -141,7 +165,7 @@ def write(args):
                                               disable=None) as bar:
             kept, losses = itertools.tee(sample(generator, args.tokens - args.words, rng))
             total = at = 0
-            for tokens, of_tokens in zip(kept, token_losses(generator, losses), strict=True):
+            for tokens, of_tokens in zip(kept, token_losses(generator, losses, first), strict=True):
                 file.write(tokens.astype("<u4"))
                 total += of_tokens[max(0, first - at):].sum()
                 at += len(tokens)
@@ -182,6 +206,8 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, default=200_000, help="length, the list of all words included")
     parser.add_argument("--words", type=int, default=1_000, help="size of the vocabulary")
     parser.add_argument("--topics", type=int, default=4, help="hidden topics")
+    parser.add_argument("--topic-zipf", type=float, default=0.0,
+                        help="exponent of Zipf's law for the topics; 0: all are as frequent")
     parser.add_argument("--classes", type=int, default=20, help="word classes")
     parser.add_argument("--switch", type=float, default=0.01, help="chance of a new topic at a token")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="held-out share, for which the floor holds")
@@ -194,6 +220,7 @@ def main(argv=None):
                             "--tokens, --words, --topics and --classes must be at most a billion"),
                            (not 1 <= args.classes <= args.words, "--classes must be at least 1 and at most --words"),
                            (args.topics < 1, "--topics must be at least 1"),
+                           (not 0 <= args.topic_zipf <= 10, "--topic-zipf must be between 0 and 10"),
                            (not 0 <= args.switch <= 1, "--switch must be between 0 and 1"),
                            (not 0 < args.val_fraction < 1, "--val-fraction must be between 0 and 1"),
                            (args.seed < 0, "--seed must not be negative"),

@@ -132,13 +132,13 @@ def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
 
 
 def test_rates_lie_on_the_line_through_the_best_of_two_widths(study, capsys):
-    ends = {24: (5.0, 2.0, 3.0, 4.0, 6.0), 192: (5.0, 4.0, 3.0, 2.6, 2.5)}
+    ends = {16: (5.0, 2.0, 3.0, 4.0, 6.0), 128: (5.0, 4.0, 3.0, 2.6, 2.5)}
     for name in scaling.ARMS:
         for names, losses in zip(scaling.tries(name).values(), ends.values(), strict=True):
             for stem, loss in zip(names, losses, strict=True):
                 v10.write_record(study.log(f"{stem}_s0"), "end", final_val_loss=loss)
-    assert study.best("muon") == [(24, 0.5), (192, 4.0)]
-    assert [study.factor("muon", width) for width in (24, 48, 96, 192)] == pytest.approx(
+    assert study.best("muon") == [(16, 0.5), (128, 4.0)]
+    assert [study.factor("muon", width) for width in (16, 32, 64, 128)] == pytest.approx(
         [0.5 * 8 ** (i / 3) for i in range(4)])
     assert study.factor("muon", 256) > 4  # beyond what was tuned the line goes on
     study.measure()

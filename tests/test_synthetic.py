@@ -11,8 +11,8 @@ import synthetic
 from conftest import ROOT
 
 
-def small(switch=0.3, topics=3, classes=4, words=10, seed=0):
-    return synthetic.make_generator(words, topics, classes, switch, np.random.default_rng(seed))
+def small(switch=0.3, topics=3, classes=4, words=10, seed=0, topic_zipf=0.0):
+    return synthetic.make_generator(words, topics, classes, switch, np.random.default_rng(seed), topic_zipf)
 
 
 def sampled(generator, n_tokens, seed=0):
@@ -29,16 +29,24 @@ def make(tmp_path, *flags, name="corpus.tokens"):
     return out.read_text().split(), json.loads(out.with_suffix(".json").read_text()), out
 
 
-@pytest.mark.parametrize("switch", [0.0, 0.3, 1.0])
-def test_the_forward_algorithm_sums_over_all_topic_paths(switch):
-    generator, tokens = small(switch), np.array([3, 7, 0, 5, 6])
+ZIPF = [1, 1 / 2**1.5, 1 / 3**1.5]  # of three topics
+EVEN_AND_ZIPF = [(switch, zipf) for switch in (0.0, 0.3, 1.0) for zipf in (0.0, 1.5)]
+
+
+def shares_of(zipf):
+    return [share / sum(ZIPF) for share in ZIPF] if zipf else [1 / 3] * 3
+
+
+@pytest.mark.parametrize(("switch", "zipf"), EVEN_AND_ZIPF)
+def test_the_forward_algorithm_sums_over_all_topic_paths(switch, zipf):
+    generator, tokens, drawn = small(switch, topic_zipf=zipf), np.array([3, 7, 0, 5, 6]), shares_of(zipf)
     classes, n_topics, losses = tokens % 4, 3, []
     for n in range(len(tokens) + 1):  # P(first n tokens), every path of topics written out
         total = 0.0
         for path in itertools.product(range(n_topics), repeat=n):
             p, before = 1.0, 0
             for t, topic in enumerate(path):
-                p *= 1 / n_topics if t == 0 else (1 - switch) * (topic == path[t - 1]) + switch / n_topics
+                p *= drawn[topic] if t == 0 else (1 - switch) * (topic == path[t - 1]) + switch * drawn[topic]
                 p *= generator.transitions[topic, before, classes[t]] * generator.words[tokens[t]]
                 before = classes[t]
             total += p
@@ -46,12 +54,13 @@ def test_the_forward_algorithm_sums_over_all_topic_paths(switch):
     assert losses_of(generator, tokens) == pytest.approx(np.diff(losses), rel=1e-10)
 
 
-@pytest.mark.parametrize("switch", [0.0, 0.3, 1.0])
-def test_a_block_is_predicted_from_its_first_class_and_what_follows_in_it(switch):
-    generator, tokens, context = small(switch), np.array([3, 7, 0, 5, 6, 2, 1]), 4  # a block of 4 targets and one of 2
-    chain = np.array([[((1 - switch) * (j == k) + switch / 3) * generator.transitions[k, c, d]
+@pytest.mark.parametrize(("switch", "zipf"), EVEN_AND_ZIPF)
+def test_a_block_is_predicted_from_its_first_class_and_what_follows_in_it(switch, zipf):
+    generator, drawn = small(switch, topic_zipf=zipf), shares_of(zipf)
+    tokens, context = np.array([3, 7, 0, 5, 6, 2, 1]), 4  # a block of 4 targets and one of 2
+    chain = np.array([[((1 - switch) * (j == k) + switch * drawn[k]) * generator.transitions[k, c, d]
                        for k in range(3) for d in range(4)] for j in range(3) for c in range(4)])
-    share = np.full(12, 1 / 12) @ np.linalg.matrix_power(chain, 2**20)  # far from the beginning
+    share = np.repeat(drawn, 4) / 4 @ np.linalg.matrix_power(chain, 2**20)  # far from the beginning
     share = (share / share.sum()).reshape(3, 4)
     losses = []
     for block in (tokens[:5], tokens[4:]):
@@ -61,7 +70,7 @@ def test_a_block_is_predicted_from_its_first_class_and_what_follows_in_it(switch
             for path in itertools.product(range(3), repeat=n):
                 p = share[path[0], classes[0]]
                 for t in range(1, n):
-                    p *= (1 - switch) * (path[t] == path[t - 1]) + switch / 3
+                    p *= (1 - switch) * (path[t] == path[t - 1]) + switch * drawn[path[t]]
                     p *= generator.transitions[path[t], classes[t - 1], classes[t]] * generator.words[block[t]]
                 total += p
             known.append(-math.log(total))
@@ -126,6 +135,29 @@ def test_the_floor_is_the_mean_over_the_held_out_tokens_but_the_first(tmp_path, 
     losses = np.concatenate(seen)
     assert len(losses) == 1900
     assert sidecar["entropy_floor"] == pytest.approx(losses[-199:].mean())
+
+
+@pytest.mark.parametrize("zipf", [0.0, 1.5])
+def test_what_is_long_forgotten_need_not_be_read(zipf):
+    generator = small(0.02, topic_zipf=zipf)
+    needed = synthetic.memory(generator)
+    assert 100 < needed < 50_000
+    pieces = np.split(sampled(generator, 60_000), range(1000, 60_000, 1000))
+    every, last = ([*synthetic.token_losses(generator, pieces, first)] for first in (0, 59_000))
+    skipped = sum(len(losses) == 0 for losses in last)
+    assert skipped == int((59_000 - needed) // 1000)
+    assert last[-1] == pytest.approx(every[-1], rel=1e-14)
+    assert last[skipped] != pytest.approx(every[skipped], rel=1e-6), "it began with another belief"
+    assert synthetic.memory(small(0.0)) == np.inf
+    assert synthetic.memory(small(1.0)) == synthetic.memory(small(0.3, topics=1)) == 0
+
+
+def test_topics_are_as_frequent_as_asked_for():
+    """Where each topic stays in a class of its own, the share of the classes is that of the topics."""
+    generator = small(1.0, classes=3, topic_zipf=1.5)
+    own = np.repeat(np.eye(3)[:, None], 3, axis=1)  # (topics, classes, classes)
+    classes = sampled(generator._replace(transitions=own), 100_000) % 3
+    assert np.bincount(classes) / 100_000 == pytest.approx(shares_of(1.5), abs=0.01)
 
 
 def test_the_seed_sets_the_text(tmp_path):

@@ -6,9 +6,10 @@
 Three arms: dense layers with AdamW, dense layers with Muon, and factors of a quarter of the width with Spectron, which
 is the ratio of its paper. The head is tied in all. Each arm has four budgets of compute, a factor of 3 apart, and five
 widths at each budget, trained for as many steps as the budget allows. The text is synthetic, and no run reads a token
-of it twice. Rates are tuned at two ends, the smallest width of the smallest budget and the largest of the last but one;
-the others lie on the line through these two. So what is due to a run's length counts as due to its width. law.py fits
-power laws to the logs, and results.py shows them.
+of it twice. It has 64 topics, and Zipf's law for them, so that a larger model has always more to learn, and rarer: with
+four equal topics the loss falls in one step, once a model finds them. Rates are tuned at two ends, the smallest width
+of the smallest budget and the largest of the last but one; the others lie on the line through these two. So what is due
+to a run's length counts as due to its width. law.py fits power laws to the logs, and results.py shows them.
 """
 import argparse
 import json

@@ -161,7 +161,7 @@ OF_PLOT_LOGS = [  # more in test_plot_logs.py
 OF_SYNTHETIC = [
     *(([f"--{name}={value}"], name) for name, value in (
         ("tokens", "nan"), ("words", "-1"), ("topics", "2.5"), ("classes", "x"), ("seed", ""), ("tokens", "9" * 30),
-        ("words", "0"), ("switch", "nan"), ("switch", "1.5"), ("val-fraction", "-1"))),
+        ("words", "0"), ("switch", "nan"), ("switch", "1.5"), ("topic-zipf", "nan"), ("val-fraction", "-1"))),
     (["--val-fraction", "0"], "--val-fraction"), (["--val-fraction", "1"], "--val-fraction"),
     (["--tokens", "100"], "--tokens must leave room"), (["--words", "10"], "--classes"),
     (["--classes", "200"], "--classes"),

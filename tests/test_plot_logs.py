@@ -475,8 +475,8 @@ def test_make_plots_takes_names_with_spaces(report, tmp_path):
     (tmp_path / "logs").mkdir()
     shutil.copy(report, tmp_path / "logs" / "my run.jsonl")
     shutil.copy(ROOT / "plot_logs.py", tmp_path)
-    done = subprocess.run(["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}"], cwd=tmp_path,
-                          check=False, capture_output=True, text=True)
+    command = ["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}", "ARGS="]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
 

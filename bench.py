@@ -236,6 +236,7 @@ def native_dtypes(device):
 
 def measure(args):
     """One dtype's results, as a dict for JSON."""
+    full, half, quarter = (f"v10@{rank}" for rank in (args.rank, args.rank // 2, args.rank // 4))
     device, dtype = v10.pick_device(args.device), getattr(torch, args.dtype)
     flop, generator = step_flop(args, args.rank), torch.Generator().manual_seed(0)
     matrices = [torch.randn(LARGE, LARGE, dtype=dtype, device=device) for _ in range(3)]
@@ -244,15 +245,14 @@ def measure(args):
         layers = [layer.factors() for layer in model.linears().values()]
         large = [v10.LowRankLinearAdaptiveSpectral(args.large, args.large, args.rank).factors()]
     shrunk = args.rank - min(4, args.rank // 2)
-    step = make_step(f"v10@{args.rank}", args)
+    step = make_step(full, args)
     entries = {"floor": lambda: sum(flop.values()) / product_rate(matrices)}
     if device.type == "cpu":
-        entries["two"] = lambda: elsewhere(f"v10@{args.rank}", args, 2)[0]
-    for kind in (f"v10@{args.rank // 2}", f"v10@{args.rank // 4}", "v7", "literal", "spectron",
-                 *["compiled"] * args.compile):
+        entries["two"] = lambda: elsewhere(full, args, 2)[0]
+    for kind in (half, quarter, "v7", "literal", "spectron", *["compiled"] * args.compile):
         entries[kind] = functools.partial(seconds, make_step(kind, args))
     if args.dtype != "float32":
-        entries["float32"] = functools.partial(seconds, make_step(f"v10@{args.rank}", with_dtype(args, "float32")))
+        entries["float32"] = functools.partial(seconds, make_step(full, with_dtype(args, "float32")))
     uses = {kind: make_uses(kind, args) for kind in ("v7", "cut")}
     rounds = []
     for number in range(args.rounds + 1):  # the first one warms up
@@ -274,7 +274,7 @@ def measure(args):
             "{} {seconds:.3f} s, v10 {v10:.3f} s".format(name, **value) if isinstance(value, dict) else
             f"{name} {value:.3f} s" for name, value in taken.items()), flush=True)
     large_literal = seconds(lambda: list(literal_rank_update(large, shrunk)))  # once: it takes long enough
-    memory = {kind: elsewhere(kind, args)[1] for kind in (f"v10@{args.rank}", "v7", "literal")}
+    memory = {kind: elsewhere(kind, args)[1] for kind in (full, "v7", "literal")}
     return {"flop": flop, "rounds": rounds[1:], "large_literal_seconds": large_literal, "memory_mb": memory,
             "measured": ratios(args, rounds[1:], large_literal, memory)}
 

@@ -55,7 +55,8 @@ def sample(generator, n_tokens, rng):
     """n_tokens words drawn from the generator -> their numbers, in pieces (N,). The class before the first is 0."""
     n_topics, n_classes, _ = generator.transitions.shape
     steps = generator.transitions.cumsum(axis=2)[:, :, :-1].tolist()
-    even, topic, c = len(set(generator.topics)) == 1, 0, 0
+    even = len(set(generator.topics)) == 1  # then drawn by integers(), as in the committed corpus
+    topic = c = 0
     for start in range(0, n_tokens, BLOCK):
         n = min(BLOCK, n_tokens - start)
         drawn_anew = rng.random(n) < generator.switch
@@ -95,11 +96,12 @@ def token_losses(generator, pieces, first=0):
     n_classes = generator.transitions.shape[1]
     belief, shares = generator.topics.tolist(), (generator.switch * generator.topics).tolist()
     stay = 1 - generator.switch
+    needed = first - memory(generator)  # what comes before this token is forgotten
     last = at = 0  # the class before, and how many tokens there were
     for tokens in pieces:
         classes, masses = tokens % n_classes, []
         at += len(tokens)
-        if at <= first - memory(generator):
+        if at <= needed:
             last = classes[-1]
             yield np.empty(0)
             continue

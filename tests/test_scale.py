@@ -21,9 +21,8 @@ def test_what_autograd_saves_is_counted_once_per_storage_and_without_parameters(
 @pytest.mark.parametrize("label", list(scale.MODELS)[:3])
 def test_the_parameters_are_those_of_the_model_itself(label):
     sizes, rank, tied, _ = scale.MODELS[label]
-    linear = v10.DenseLinear if rank is None else lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank)
     with torch.device("meta"):
-        model = v10.GPT(v10.GPTConfig(**sizes, d_ff=4 * sizes["d_model"], tie_embeddings=tied), linear)
+        model = v10.GPT(v10.GPTConfig(**sizes, d_ff=4 * sizes["d_model"], tie_embeddings=tied), scale.linear_of(rank))
     found = scale.of_model(*scale.MODELS[label])
     assert found["parameters"] == v10.count_parameters(model)
     assert found["linear"] == v10.count_parameters(*model.linears().values())
@@ -32,8 +31,7 @@ def test_the_parameters_are_those_of_the_model_itself(label):
 @pytest.mark.parametrize("rank", [None, 16])
 def test_a_block_counts_for_all_of_a_models_blocks(rank):
     sizes = {"d_model": 64, "n_layers": 3, "n_heads": 2, "vocab_size": 50, "block_size": 32}
-    linear = v10.DenseLinear if rank is None else lambda n, m: v10.LowRankLinearAdaptiveSpectral(n, m, rank)
-    model = v10.GPT(v10.GPTConfig(**sizes, d_ff=256, dropout=0.1), linear)
+    model = v10.GPT(v10.GPTConfig(**sizes, d_ff=256, dropout=0.1), scale.linear_of(rank))
 
     def kept(sequences):
         x = torch.zeros(sequences, 32, 64, requires_grad=True)

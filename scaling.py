@@ -29,7 +29,7 @@ import v10_transformer_lowrank_scaled as v10  # noqa: E402
 ARMS = {"adamw": "v7 --tie-embeddings", "muon": "v7 --tie-embeddings --optimizer muon --factor-decay 0",
         "spectron": "v11 --cuts 0 --factor-decay 0"}
 RATES = {"adamw": {"--lr": 8e-3}, "muon": {"--eta": 0.04, "--lr": 8e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
-TRIED = (0.25, 0.5, 1, 2, 4)  # times these, the linear layers' and the others' together
+TRIED = (0.25, 0.5, 1, 2, 4, 8)  # times these, the linear layers' and the others' together
 WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 2, 3, 3, 4, 4, 5), strict=True))
 BUDGETS = [5e11 * 3**i for i in range(4)]  # multiplications of a run, forward and backward

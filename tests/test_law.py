@@ -112,7 +112,7 @@ def study(tmp_path):
 
 def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
     monkeypatch.setattr(study, "factor", lambda arm, width: 1.0)
-    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 5 + 20)
+    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 6 + 20)
     for run in study.runs:
         name, budget, width, factor = scaling.of_name(run.name)
         command = study.command(run)
@@ -132,14 +132,14 @@ def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
 
 
 def test_rates_lie_on_the_line_through_the_best_of_two_widths(study, capsys):
-    ends = {16: (5.0, 2.0, 3.0, 4.0, 6.0), 128: (5.0, 4.0, 3.0, 2.6, 2.5)}
+    ends = {16: (5.0, 2.0, 3.0, 4.0, 6.0, 7.0), 128: (5.0, 4.0, 3.0, 2.8, 2.6, 2.5)}
     for name in scaling.ARMS:
         for names, losses in zip(scaling.tries(name).values(), ends.values(), strict=True):
             for stem, loss in zip(names, losses, strict=True):
                 v10.write_record(study.log(f"{stem}_s0"), "end", final_val_loss=loss)
-    assert study.best("muon") == [(16, 0.5), (128, 4.0)]
+    assert study.best("muon") == [(16, 0.5), (128, 8.0)]
     assert [study.factor("muon", width) for width in (16, 32, 64, 128)] == pytest.approx(
-        [0.5 * 8 ** (i / 3) for i in range(4)])
+        [0.5 * 16 ** (i / 3) for i in range(4)])
     assert study.factor("muon", 256) > 4  # beyond what was tuned the line goes on
     study.measure()
     assert capsys.readouterr().out.count("at the edge of those that were tried") == 3  # the larger width of each
@@ -245,5 +245,5 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
 def test_the_list_names_every_run(capsys):
     assert scaling.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * (2 * 5 + 20)
+    assert len(lines) == 3 * (2 * 6 + 20)
     assert all(line.startswith("-") for line in lines)

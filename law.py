@@ -8,9 +8,11 @@ models do. Compute is counted (counts.py), in multiplications. Two readings of H
     parametric  loss = A N^-alpha + B D^-beta over all runs of an arm, without a constant, since the floor is known
 
 D are the tokens that were read. N has three readings, since in models this small they are not in proportion: the
-parameters in the linear layers, all of them, or the multiplications that a token costs, C / 3D, for which a + b = 1.
+parameters in the linear layers, all of them, or the multiplications that a token costs, C / 3D, Newton-Schulz among
+them, for which a + b = 1.
 Intervals hold 95% of 1,000 fits to resampled residuals, widened after Student: they show the scatter about the fitted
-curve, not what another seed or text would change.
+curve, if the curve is right, not what another seed, rate or text would change. For that one size of each arm is run
+again.
 """
 import json
 from pathlib import Path
@@ -20,14 +22,23 @@ import numpy as np
 
 import counts
 import plot_logs
-from plot_logs import DASH, LogError, Table
+from plot_logs import DASH, Cell, LogError, Table
 
 ARMS = {"adamw": "dense, AdamW", "muon": "dense, Muon", "spectron": "rank d/4, Spectron"}
 COLORS = {"adamw": "dense", "muon": "controlled", "spectron": "cut"}  # of plot_logs' families
 SIZES = {"linear": "parameters in linear layers", "parameters": "all parameters",
-         "per_token": "multiplications a token"}
+         "per_token": "multiplications a token, Newton-Schulz included"}
 PAPER = {"a": 0.479, "b": 0.521}  # Spectron's, of its low-rank models
 DRAWS = 1000
+
+
+class Check(NamedTuple):
+    """One size of an arm, run again."""
+
+    compute: float
+    linear: float
+    seeds: list  # the losses of all its seeds
+    times: dict  # {what its rate is multiplied by, as it is written: loss}
 
 
 class Arm(NamedTuple):
@@ -38,6 +49,7 @@ class Arm(NamedTuple):
     parameters: np.ndarray  # all of them
     tokens: np.ndarray
     loss: np.ndarray  # above the floor, in nats per token
+    check: Check | None = None
 
     @property
     def per_token(self):
@@ -52,6 +64,7 @@ class Law(NamedTuple):
     beyond: np.ndarray  # -1 or 1 where the lowest point is beyond the smallest or the largest size, (..., budgets)
     exponents: dict  # {a, b, c, alpha, beta: (...,)}
     parabolas: np.ndarray  # coefficients of the first fit, (budgets, 3), of log loss in log N
+    misfit: np.ndarray  # root mean square of the log losses about the first fit: of the parabolas, and parametric, (2,)
 
 
 # ---- Fits ------------------------------------------------------------------------------------------------------------
@@ -128,10 +141,12 @@ def fit(arm, size="linear", draws=DRAWS, seed=0):
     log_N, log_D, log_loss = (np.log(values) for values in (getattr(arm, size), arm.tokens, arm.loss))
     log_C = np.log(arm.compute).mean(1)
     lowest, loss, beyond, exponents, parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
+    on_parabolas = [np.polyval(p, x) for p, x in zip(parabolas, log_N, strict=True)]
     (fitted,) = parametric(log_N, log_D, log_loss[None])[2]
+    misfit = np.sqrt([((log_loss - of_form) ** 2).mean() for of_form in (on_parabolas, fitted)])
     alpha, beta, _ = parametric(log_N, log_D, resampled(fitted, log_loss, log_loss.size - 4, draws, rng))
     exponents |= {"alpha": alpha, "beta": beta}
-    return Law(np.exp(lowest), np.exp(loss), beyond, exponents, parabolas)
+    return Law(np.exp(lowest), np.exp(loss), beyond, exponents, parabolas, misfit)
 
 
 # ---- The logs --------------------------------------------------------------------------------------------------------
@@ -148,25 +163,45 @@ def read(folder):
         raise LogError(f"{sidecar} does not say what the text's floor is ({error!r})") from None
     arms, same = {}, set()
     for name in ARMS:
-        budgets = {}
-        for path in sorted(folder.glob(f"{name}_c?_d*_s0.jsonl"), key=width_of):
-            run = None if "rate" in path.stem else ended(path)
+        grid, again = {}, {}
+        for path in sorted(folder.glob(f"{name}_c?_d*.jsonl"), key=width_of):
+            _, budget, width, *how = path.stem.split("_")
+            run = None if how[0].startswith("rate") else ended(path)
             if run:
                 (epoch,), settings = run.epochs, run.settings
                 same.add((settings["entropy_floor"], settings["block_size"], settings["dtype"], settings["device"]))
-                budgets.setdefault(path.stem.split("_")[1], []).append((
-                    counts.multiplications(run), settings["factor_parameters"], 1e6 * epoch["params_millions"],
-                    epoch["tokens_seen"], epoch["val_loss"] - floor))
-        arms[name] = [budgets[budget] for budget in sorted(budgets)]
-    shapes = {(len(budgets), *map(len, budgets)) for budgets in arms.values()}
+                numbers = (counts.multiplications(run), settings["factor_parameters"], 1e6 * epoch["params_millions"],
+                           epoch["tokens_seen"], epoch["val_loss"] - floor)
+                if how == ["s0"]:
+                    grid.setdefault(budget, {})[width] = numbers
+                else:
+                    again.setdefault((budget, width), {})["_".join(how)] = numbers[-1]
+        arms[name] = [[*grid[budget].values()] for budget in sorted(grid)], checked(grid, again)
+    shapes = {(len(grid), *map(len, grid)) for grid, _ in arms.values()}
     if len(shapes) > 1 or len(shape := shapes.pop()) < 3 or len({*shape[1:]}) > 1 or shape[1] < 4:
         return {}  # all arms have as many budgets, all budgets as many sizes: two and four at least
+    again = {check and (len(check.seeds), *check.times) for _, check in arms.values()}
+    if len(again) > 1 or None in again:
+        return {}
     if len(same) > 1 or [*same][0][:2] != (text["entropy_floor"], text["context"]):
         raise LogError(f"{folder} mixes runs of several texts, devices or precisions")
-    arms = {name: Arm(*np.array(budgets).transpose(2, 0, 1)) for name, budgets in arms.items()}
+    arms = {name: Arm(*np.array(grid).transpose(2, 0, 1), check) for name, (grid, check) in arms.items()}
     if min(arm.loss.min() for arm in arms.values()) <= 0:
         raise LogError(f"{folder} has a loss at or below the text's floor, which no honest model reaches")
     return arms
+
+
+def checked(grid, again):
+    """An arm's runs {budget: {width: numbers}}, and {(budget, width): {how: loss}} of those that were run again ->
+    Check, None if there is not one such size."""
+    if len(again) != 1:
+        return None
+    (((budget, width), losses),) = again.items()
+    if width not in grid.get(budget, {}):
+        return None
+    compute, linear, *_, loss = grid[budget][width]
+    times = {how.removeprefix("times").removesuffix("_s0"): losses[how] for how in sorted(losses) if how[0] == "t"}
+    return Check(compute, linear, [loss, *(losses[how] for how in sorted(losses) if how[0] == "s")], times)
 
 
 def ended(path):
@@ -195,17 +230,20 @@ def between(values, form=".3f"):
 
 
 def exponents(arms):
-    """The exponents of each arm, for three ways to count its size."""
-    rows = []
-    for seed, (name, arm) in enumerate(arms.items()):
-        for size, what in SIZES.items():
-            law = fit(arm, size, seed=seed)
-            rows.append([f"{ARMS[name]}, N: {what}",
-                         *(between(law.exponents[key]) for key in ("a", "b", "c", "alpha", "beta")),
-                         f"{(law.beyond != 0).mean():.0%}"])
-    rows.append(["Spectron's paper, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 4])
+    """The exponents of each arm, for three ways to count its size, and how those of low rank differ from dense ones."""
+    keys = ("a", "b", "c", "alpha", "beta")
+    laws = {(name, size): fit(arm, size, seed=seed) for seed, (name, arm) in enumerate(arms.items()) for size in SIZES}
+    rows = [[f"{ARMS[name]}, N: {SIZES[size]}", *(between(law.exponents[key]) for key in keys),
+             f"{(law.beyond != 0).mean():.0%}", *(f"{misfit:.1%}" for misfit in law.misfit)]
+            for (name, size), law in laws.items()]
+    for name in ("adamw", "muon"):
+        low, dense = (laws[arm, "linear"].exponents for arm in ("spectron", name))
+        rows.append([f"Spectron {DASH} {ARMS[name]}, N: {SIZES['linear']}",
+                     *(between(low[key] - dense[key], "+.3f") for key in keys), *[DASH] * 3])
+    rows.append(["Spectron's paper, another text, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 6])
     return Table("exponents", "", ["95% intervals", "N_opt ~ C^a", "D_opt ~ C^b", "loss ~ C^-c",
-                                   "A N^-alpha + B D^-beta: alpha", "beta", "lowest points beyond the sizes"], rows)
+                                   "A N^-alpha + B D^-beta: alpha", "beta", "lowest points beyond the sizes",
+                                   "misfit of the parabolas", "of the sum of powers"], rows)
 
 
 def equal_compute(arms):
@@ -221,6 +259,17 @@ def equal_compute(arms):
     return Table("equal_compute", "", [
         "multiplications", *ARMS.values(), *(f"Spectron {DASH} {ARMS[name]}" for name in ("adamw", "muon")),
         *(f"thousand linear parameters there: {label}" for label in ARMS.values())], rows)
+
+
+def again(arms):
+    """One size of each arm on other seeds and at other rates."""
+    times = arms["adamw"].check.times
+    return Table("again", "", ["nats above the floor", "multiplications", "thousand linear parameters",
+                               f"{len(arms['adamw'].check.seeds)} seeds", "their standard deviation",
+                               *(f"seed 0, {factor} times the rate" for factor in times)], [
+        [ARMS[name], f"{arm.check.compute:.1e}", f"{arm.check.linear / 1e3:,.0f}", Cell(arm.check.seeds, ".3f"),
+         f"{np.std(arm.check.seeds, ddof=1):.3f}" if len(arm.check.seeds) > 1 else DASH,
+         *(f"{loss:.3f}" for loss in arm.check.times.values())] for name, arm in arms.items()])
 
 
 def law_figure(arms):
@@ -246,4 +295,4 @@ def law_figure(arms):
     return figure
 
 
-TABLES, FIGURES = {"exponents": exponents, "equal_compute": equal_compute}, {"law": law_figure}
+TABLES, FIGURES = {"exponents": exponents, "equal_compute": equal_compute, "again": again}, {"law": law_figure}

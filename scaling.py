@@ -9,12 +9,14 @@ widths at each budget, trained for as many steps as the budget allows. The text 
 of it twice. It has 64 topics, and Zipf's law for them, so that a larger model has always more to learn, and rarer: with
 four equal topics the loss falls in one step, once a model finds them. Rates are tuned at two ends, the smallest width
 of the smallest budget and the largest of the last but one; the others lie on the line through these two. So what is due
-to a run's length counts as due to its width. law.py fits power laws to the logs, and results.py shows them.
+to a run's length counts as due to its width. One size of each arm is run again, on two other seeds and at half and
+twice its rate. law.py fits power laws to the logs, and results.py shows them.
 """
 import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,7 @@ WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 2, 3, 3, 4, 4, 5), strict=True))
 BUDGETS = [5e11 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
 FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
+CHECKED, SEEDS, TIMES = (1, {"adamw": 32, "muon": 32, "spectron": 64}), (1, 2), (0.5, 2)  # budget, widths; run again
 HELD_OUT = 0.005  # of the text
 SIZE = {"vocab_size": 500, "block_size": 64, "batch_size": 32}
 TEXT = (f"--words {SIZE['vocab_size']} --topics 64 --topic-zipf 1.5 --classes 20 --switch 0.01 --seed 1 "
@@ -56,9 +59,11 @@ def tries(arm):
 
 
 def of_name(name):
-    """A run's name -> (arm, budget, width, what its rate is multiplied by or None)."""
-    arm, budget, width, *factor = name.split("_")
-    return arm, int(budget[1:]), int(width[1:]), float(factor[0].removeprefix("rate")) if factor else None
+    """A run's name -> (arm, budget, width, the factor of its rate if it is a try, else None, what the factor of its
+    width is multiplied by)."""
+    arm, budget, width, kind, factor = re.fullmatch(r"(\w+)_c(\d)_d(\d+)(?:_(rate|times)([\d.]+))?", name).groups()
+    return (arm, int(budget), int(width), float(factor) if kind == "rate" else None,
+            float(factor) if kind == "times" else 1)
 
 
 def steps(arm, budget, width):
@@ -75,11 +80,14 @@ class Scaling(study.Study):
         self.folder = self.out / "synthetic"
         names = [name for arm in ARMS for names in tries(arm).values() for name in names]
         names += [f"{arm}_c{i}_d{width}" for arm in ARMS for i, width in points(arm)]
-        return [study.Run(name) for name in names], []
+        budget, widths = CHECKED
+        checked = [f"{arm}_c{budget}_d{widths[arm]}" for arm in ARMS]
+        names += [f"{name}_times{factor}" for name in checked for factor in TIMES]
+        return [*map(study.Run, names), *(study.Run(name, seed) for name in checked for seed in SEEDS)], []
 
     def needs(self, run):
-        arm, *_, factor = of_name(run.name)
-        return [] if factor else [f"{name}_s0" for names in tries(arm).values() for name in names]
+        arm, *_, tried, _ = of_name(run.name)
+        return [] if tried else [f"{name}_s0" for names in tries(arm).values() for name in names]
 
     def factor(self, arm, width):
         """What the rate of a width is multiplied by: in logarithms on a line through the best ones of two widths."""
@@ -89,12 +97,12 @@ class Scaling(study.Study):
     def best(self, arm):
         """[(a width, the best factor of those that were tried at it)], the smallest width first."""
         return sorted((width, of_name(min(names, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"]
-                                          ))[-1]) for width, names in tries(arm).items())
+                                          ))[3]) for width, names in tries(arm).items())
 
     def command(self, run):
-        arm, budget, width, factor = of_name(run.name)
+        arm, budget, width, tried, times = of_name(run.name)
         script, *flags = ARMS[arm].split()
-        factor = factor or self.factor(arm, width)
+        factor = tried or self.factor(arm, width) * times
         rates = [word for flag, rate in RATES[arm].items() for word in (flag, f"{rate * factor:.3g}")]
         n_steps = steps(arm, budget, width)
         return [sys.executable, str(v10.HERE / study.VARIANTS[script].name), *flags,
@@ -102,11 +110,11 @@ class Scaling(study.Study):
                 "--d-model", str(width), "--d-ff", str(4 * width), "--n-layers", str(BLOCKS[width]),
                 *(["--init-rank", str(width // 4)] if arm == "spectron" else []), *rates,
                 "--steps-per-epoch", str(n_steps), "--warmup-steps", str(n_steps // 20),
-                "--data-file", str(self.folder), "--log-file", str(self.log(run.stem))]
+                "--seed", str(run.seed), "--data-file", str(self.folder), "--log-file", str(self.log(run.stem))]
 
     def describe(self, run):
-        arm, budget, width, factor = of_name(run.name)
-        rate = f"rates times {factor:g}" if factor else "the rate of its width"
+        arm, budget, width, tried, times = of_name(run.name)
+        rate = f"rates times {tried:g}" if tried else f"{times:g} times the rate of its width"
         return f"{ARMS[arm]}, width {width}, {BLOCKS[width]} blocks, {steps(arm, budget, width):,} steps, {rate}"
 
     def prepare(self):

@@ -102,7 +102,16 @@ def test_the_tables_set_low_rank_beside_dense_at_equal_compute(few_draws):
         assert [str(size) for size in sizes] == [f"{80 * 3 ** (a * i):,.0f}" for a in (0.5, 0.4, 0.5)]
     rows = law.exponents(arms).rows
     assert [row[1][:5] for row in rows[::3][:3]] == ["0.500", "0.400", "0.500"]
+    assert [row[1][:6] for row in rows[-3:-1]] == ["+0.000", "+0.100"]
     assert rows[-1][1:3] == ["0.479", "0.521"]
+
+
+def test_the_misfit_of_the_form_is_shown_and_not_only_the_scatter_about_it():
+    exact = law.fit(arm(on_parabolas(0.5, 0.2)), draws=0).misfit
+    assert exact[0] < 1e-9 < 0.01 < exact[1]  # parabolas are not a sum of powers
+    off = np.exp(0.05 * np.array([1, -4, 6, -4, 1]) / 6)  # orthogonal to parabolas through five points
+    bent = law.fit(arm(on_parabolas(0.5, 0.2) * off), draws=0).misfit
+    assert bent[0] == pytest.approx(0.05 * (70 / 5) ** 0.5 / 6)
 
 
 @pytest.fixture
@@ -112,15 +121,15 @@ def study(tmp_path):
 
 def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
     monkeypatch.setattr(study, "factor", lambda arm, width: 1.0)
-    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 6 + 20)
+    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 6 + 20 + 2 + 2)
     for run in study.runs:
-        name, budget, width, factor = scaling.of_name(run.name)
+        name, budget, width, tried, times = scaling.of_name(run.name)
         command = study.command(run)
         args = v10.parse_flags(VARIANTS[Path(command[1]).name](), command[2:])
         assert (args.d_model, args.d_ff, args.seed, args.one_pass, args.tie_embeddings) == (
-            width, 4 * width, 0, True, True)
+            width, 4 * width, run.seed, True, True)
         assert args.optimizer == name
-        rates = {flag.strip("-"): rate * (factor or 1) for flag, rate in scaling.RATES[name].items()}
+        rates = {flag.strip("-"): rate * (tried or times) for flag, rate in scaling.RATES[name].items()}
         assert {flag: getattr(args, flag) for flag in rates} == pytest.approx(rates, rel=0.01)
         tokens, linear = args.batch_size * args.block_size, 12 * width**2 * args.n_layers
         if name == "spectron":
@@ -179,6 +188,7 @@ def execute(self, run, command):
 scaling.Scaling.execute = execute
 scaling.ARMS, scaling.FIRST = {{"spectron": scaling.ARMS["spectron"]}}, {{"spectron": 0}}
 scaling.BUDGETS, scaling.TRIED = [2e8, 6e8], (0.5, 1)
+scaling.CHECKED, scaling.SEEDS, scaling.TIMES = (1, {{"spectron": 16}}), (1,), (2,)
 scaling.WIDTHS, scaling.PER_BUDGET = (8, 16, 24, 32, 48), 4
 scaling.BLOCKS |= {{8: 1, 16: 1}}
 scaling.TEXT, scaling.HELD_OUT = scaling.TEXT.replace("0.005", "0.1"), 0.1
@@ -197,7 +207,7 @@ def ended(folder):
 
 def test_the_runs_read_a_text_once_at_rates_between_the_best_of_two_widths(tiny):
     runs = ended(tiny)
-    assert len(runs) == 2 * 2 + 8
+    assert len(runs) == 2 * 2 + 8 + 1
     assert all(run.settings["one_pass"] and run.settings["dropout"] == 0 for run in runs.values())
     best = {width: min((0.5, 1), key=lambda f, w=width: runs[f"spectron_c0_d{w}_rate{f}_s0"].end["final_val_loss"])
             for width in (8, 32)}
@@ -219,6 +229,12 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     found = arms["spectron"]
     assert found.loss[1, 0] == run.epochs[0]["val_loss"] - floor["context_floor"] > 0
     assert found.linear[:, 0].tolist() == [2 * (4 * 2 * 8 + 2 * 5 * 8), 4 * (4 * 2 * 16 + 2 * 5 * 16)]  # a block each
+    again = {how: plot_logs.read_log(tmp_path / f"spectron_c1_d16_{how}.jsonl", how, 64) for how in ("s1", "times2_s0")}
+    losses = {how: run.epochs[0]["val_loss"] - floor["context_floor"] for how, run in again.items()}
+    assert found.check == (found.compute[1, 0], found.linear[1, 0], [found.loss[1, 0], losses["s1"]],
+                           {"2": losses["times2_s0"]})
+    assert (again["s1"].settings["seed"], again["s1"].settings["eta"]) == (1, run.settings["eta"])
+    assert again["times2_s0"].settings["eta"] == pytest.approx(2 * run.settings["eta"], rel=0.01)
     assert found.tokens[1, 0] == 2048 * run.settings["steps_per_epoch"]
     settings = counts.settings_of(16, 1, **scaling.SIZE, optimizer="spectron")
     assert found.compute[1, 0] == run.settings["steps_per_epoch"] * counts.step_multiplications(settings, [4] * 6)
@@ -236,6 +252,11 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     assert law.read(tmp_path) == {}
     log.unlink()
     assert law.read(tmp_path) == {}
+    log.write_text(whole)
+    (tmp_path / "muon_c1_d16_s1.jsonl").unlink()  # one arm has fewer seeds
+    assert law.read(tmp_path) == {}
+    (tmp_path / "muon_c1_d16_s1.jsonl").write_bytes((tmp_path / "adamw_c1_d16_s1.jsonl").read_bytes())
+    assert law.read(tmp_path)
     for path in tmp_path.glob("spectron_c1_*"):  # a budget that one arm has not reached
         path.unlink()
     log.write_text(whole)
@@ -245,5 +266,5 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
 def test_the_list_names_every_run(capsys):
     assert scaling.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * (2 * 6 + 20)
+    assert len(lines) == 3 * (2 * 6 + 20 + 2 + 2)
     assert all(line.startswith("-") for line in lines)

@@ -31,7 +31,7 @@ import v10_transformer_lowrank_scaled as v10  # noqa: E402
 ARMS = {"adamw": "v7 --tie-embeddings", "muon": "v7 --tie-embeddings --optimizer muon --factor-decay 0",
         "spectron": "v11 --cuts 0 --factor-decay 0"}
 RATES = {"adamw": {"--lr": 8e-3}, "muon": {"--eta": 0.04, "--lr": 8e-3}, "spectron": {"--eta": 0.07, "--lr": 4e-3}}
-TRIED = (0.25, 0.5, 1, 2, 4, 8)  # times these, the linear layers' and the others' together
+TRIED = (0.25, 0.5, 1, 2, 4, 8)  # times these, the linear layers' and the others' together; even in the logarithm
 WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 2, 3, 3, 4, 4, 5), strict=True))
 BUDGETS = [5e11 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
@@ -95,9 +95,18 @@ class Scaling(study.Study):
         return first * (last / first) ** (math.log(width / low) / math.log(high / low))
 
     def best(self, arm):
-        """[(a width, the best factor of those that were tried at it)], the smallest width first."""
-        return sorted((width, of_name(min(names, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"]
-                                          ))[3]) for width, names in tries(arm).items())
+        """[(a width, its best factor)], the smallest width first: the lowest point of a parabola, in the logarithm of
+        the factor, through the best that was tried and the two beside it; the last one tried if that is best."""
+        found = []
+        for width, names in sorted(tries(arm).items()):
+            losses = [self.records(f"{name}_s0", "end")[0]["final_val_loss"] for name in names]
+            i = losses.index(min(losses))
+            shift = 0
+            if 0 < i < len(TRIED) - 1:
+                left, middle, right = losses[i - 1:i + 2]
+                shift = (left - right) / (left - 2 * middle + right) / 2 if left + right > 2 * middle else 0
+            found.append((width, TRIED[i] * (TRIED[1] / TRIED[0]) ** shift))
+        return found
 
     def command(self, run):
         arm, budget, width, tried, times = of_name(run.name)

@@ -141,17 +141,19 @@ def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
 
 
 def test_rates_lie_on_the_line_through_the_best_of_two_widths(study, capsys):
-    ends = {16: (5.0, 2.0, 3.0, 4.0, 6.0, 7.0), 128: (5.0, 4.0, 3.0, 2.8, 2.6, 2.5)}
-    for name in scaling.ARMS:
-        for names, losses in zip(scaling.tries(name).values(), ends.values(), strict=True):
-            for stem, loss in zip(names, losses, strict=True):
+    x, tuned = np.log2(scaling.TRIED), {}
+    for name, (at_small, at_large) in {"adamw": (1.3, -0.4), "muon": (0.0, 5.0), "spectron": (1.3, -0.4)}.items():
+        for (width, names), at in zip(scaling.tries(name).items(), (at_small, at_large), strict=True):
+            for stem, loss in zip(names, 5 + (x - at) ** 2, strict=True):
                 v10.write_record(study.log(f"{stem}_s0"), "end", final_val_loss=loss)
-    assert study.best("muon") == [(16, 0.5), (128, 8.0)]
-    assert [study.factor("muon", width) for width in (16, 32, 64, 128)] == pytest.approx(
-        [0.5 * 16 ** (i / 3) for i in range(4)])
-    assert study.factor("muon", 256) > 4  # beyond what was tuned the line goes on
+            tuned[name, width] = 2 ** min(at, x[-1])  # beyond the tries it is the last of them
+    for name in scaling.ARMS:
+        assert study.best(name) == [pytest.approx((width, tuned[name, width])) for width in scaling.tries(name)]
+    assert [study.factor("muon", width) for width in (16, 32, 64, 128)] == pytest.approx([1, 2, 4, 8])
+    assert study.factor("muon", 256) > 8  # beyond what was tuned the line goes on
     study.measure()
-    assert capsys.readouterr().out.count("at the edge of those that were tried") == 3  # the larger width of each
+    assert capsys.readouterr().out == (
+        "*** muon, width 128: the best rate is at the edge of those that were tried\n")
 
 
 def test_another_precision_or_text_in_the_folder_is_refused(study):

@@ -82,7 +82,7 @@ compress: $(READY) ## of these, the trained models that compress.py cuts, three 
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py --only compressed_dense compressed_muon compressed_v11 $(ARGS)
 
-scaling: $(READY) ## 108 runs behind the scaling law, on a synthetic text, two side by side; hours, resumable
+scaling: $(READY) ## 114 runs behind the scaling law, on a synthetic text, two side by side; hours, resumable
 	$(PY) scaling.py $(ARGS)
 
 results: $(READY) ## every table and figure of README.md and RESULTS.md, from logs/reference: a minute

@@ -11,8 +11,7 @@ D are the tokens that were read. N has three readings, since in models this smal
 parameters in the linear layers, all of them, or the multiplications that a token costs, C / 3D, Newton-Schulz among
 them, for which a + b = 1.
 Intervals hold 95% of 1,000 fits to resampled residuals, widened after Student: they show the scatter about the fitted
-curve, if the curve is right, not what another seed, rate or text would change. For that one size of each arm is run
-again.
+curve, if the curve is right, not what another seed, rate or text would change. For that some sizes are run again.
 """
 import json
 from pathlib import Path
@@ -26,14 +25,13 @@ from plot_logs import DASH, Cell, LogError, Table
 
 ARMS = {"adamw": "dense, AdamW", "muon": "dense, Muon", "spectron": "rank d/4, Spectron"}
 COLORS = {"adamw": "dense", "muon": "controlled", "spectron": "cut"}  # of plot_logs' families
-SIZES = {"linear": "parameters in linear layers", "parameters": "all parameters",
-         "per_token": "multiplications a token, Newton-Schulz included"}
+SIZES = {"linear": "linear layers", "parameters": "all parameters", "per_token": "multiplications per token"}
 PAPER = {"a": 0.479, "b": 0.521}  # Spectron's, of its low-rank models
 DRAWS = 1000
 
 
-class Check(NamedTuple):
-    """One size of an arm, run again."""
+class Again(NamedTuple):
+    """A size of an arm at a budget, run again."""
 
     compute: float
     linear: float
@@ -49,7 +47,7 @@ class Arm(NamedTuple):
     parameters: np.ndarray  # all of them
     tokens: np.ndarray
     loss: np.ndarray  # above the floor, in nats per token
-    check: Check | None = None
+    again: tuple = ()  # of Again
 
     @property
     def per_token(self):
@@ -163,7 +161,7 @@ def read(folder):
         raise LogError(f"{sidecar} does not say what the text's floor is ({error!r})") from None
     arms, same = {}, set()
     for name in ARMS:
-        grid, again = {}, {}
+        grid, others = {}, {}
         for path in sorted(folder.glob(f"{name}_c?_d*.jsonl"), key=width_of):
             _, budget, width, *how = path.stem.split("_")
             run = None if how[0].startswith("rate") else ended(path)
@@ -175,33 +173,33 @@ def read(folder):
                 if how == ["s0"]:
                     grid.setdefault(budget, {})[width] = numbers
                 else:
-                    again.setdefault((budget, width), {})["_".join(how)] = numbers[-1]
-        arms[name] = [[*grid[budget].values()] for budget in sorted(grid)], checked(grid, again)
+                    others.setdefault((budget, width), {})["_".join(how)] = numbers[-1]
+        arms[name] = [[*grid[budget].values()] for budget in sorted(grid)], run_again(grid, others)
     shapes = {(len(grid), *map(len, grid)) for grid, _ in arms.values()}
     if len(shapes) > 1 or len(shape := shapes.pop()) < 3 or len({*shape[1:]}) > 1 or shape[1] < 4:
         return {}  # all arms have as many budgets, all budgets as many sizes: two and four at least
-    again = {check and (len(check.seeds), *check.times) for _, check in arms.values()}
-    if len(again) > 1 or None in again:
-        return {}
+    again = {tuple((len(size.seeds), *size.times) for size in sizes) for _, sizes in arms.values()}
+    if len(again) > 1 or () in again:
+        return {}  # of all arms the same is run again
     if len(same) > 1 or [*same][0][:2] != (text["entropy_floor"], text["context"]):
         raise LogError(f"{folder} mixes runs of several texts, devices or precisions")
-    arms = {name: Arm(*np.array(grid).transpose(2, 0, 1), check) for name, (grid, check) in arms.items()}
+    arms = {name: Arm(*np.array(grid).transpose(2, 0, 1), again) for name, (grid, again) in arms.items()}
     if min(arm.loss.min() for arm in arms.values()) <= 0:
         raise LogError(f"{folder} has a loss at or below the text's floor, which no honest model reaches")
     return arms
 
 
-def checked(grid, again):
-    """An arm's runs {budget: {width: numbers}}, and {(budget, width): {how: loss}} of those that were run again ->
-    Check, None if there is not one such size."""
-    if len(again) != 1:
-        return None
-    (((budget, width), losses),) = again.items()
-    if width not in grid.get(budget, {}):
-        return None
-    compute, linear, *_, loss = grid[budget][width]
-    times = {how.removeprefix("times").removesuffix("_s0"): losses[how] for how in sorted(losses) if how[0] == "t"}
-    return Check(compute, linear, [loss, *(losses[how] for how in sorted(losses) if how[0] == "s")], times)
+def run_again(grid, others):
+    """An arm's runs {budget: {width: numbers}}, and {(budget, width): {how: loss}} of those that are like one of these
+    but for the seed or the rate -> (Again, ...), the smallest budget first."""
+    found = []
+    for (budget, width), losses in sorted(others.items()):
+        if width in grid.get(budget, {}):
+            compute, linear, *_, loss = grid[budget][width]
+            seeds = [loss, *(losses[how] for how in sorted(losses) if how[0] == "s")]
+            found.append(Again(compute, linear, seeds, {
+                how.removeprefix("times").removesuffix("_s0"): losses[how] for how in sorted(losses) if how[0] == "t"}))
+    return tuple(found)
 
 
 def ended(path):
@@ -229,6 +227,10 @@ def between(values, form=".3f"):
     return f"{values[0]:{form}} ({low:{form}} to {high:{form}})"
 
 
+def trillions(compute):
+    return f"{compute / 1e12:.1f}"
+
+
 def exponents(arms):
     """The exponents of each arm, for three ways to count its size, and how those of low rank differ from dense ones."""
     keys = ("a", "b", "c", "alpha", "beta")
@@ -241,9 +243,9 @@ def exponents(arms):
         rows.append([f"Spectron {DASH} {ARMS[name]}, N: {SIZES['linear']}",
                      *(between(low[key] - dense[key], "+.3f") for key in keys), *[DASH] * 3])
     rows.append(["Spectron's paper, another text, low rank", *(f"{PAPER[key]:.3f}" for key in "ab"), *[DASH] * 6])
-    return Table("exponents", "", ["95% intervals", "N_opt ~ C^a", "D_opt ~ C^b", "loss ~ C^-c",
+    return Table("exponents", "", ["with 95% intervals", "N_opt ~ C^a", "D_opt ~ C^b", "loss ~ C^-c",
                                    "A N^-alpha + B D^-beta: alpha", "beta", "lowest points beyond the sizes",
-                                   "misfit of the parabolas", "of the sum of powers"], rows)
+                                   "misfit: parabolas", "sum of powers"], rows)
 
 
 def equal_compute(arms):
@@ -253,23 +255,25 @@ def equal_compute(arms):
         low = laws["spectron"].loss[:, i]
         at = [{-1: "at most ", 0: "", 1: "at least "}[law.beyond[0, i]] + f"{law.N_opt[0, i] / 1e3:,.0f}"
               for law in laws.values()]
-        rows.append([f"{np.mean([arm.compute[i].mean() for arm in arms.values()]):.1e}",
+        rows.append([trillions(np.mean([arm.compute[i].mean() for arm in arms.values()])),
                      *(between(law.loss[:, i]) for law in laws.values()),
                      *(between(low - laws[name].loss[:, i], "+.3f") for name in ("adamw", "muon")), *at])
     return Table("equal_compute", "", [
-        "multiplications", *ARMS.values(), *(f"Spectron {DASH} {ARMS[name]}" for name in ("adamw", "muon")),
-        *(f"thousand linear parameters there: {label}" for label in ARMS.values())], rows)
+        "trillion multiplications", *ARMS.values(), *(f"Spectron {DASH} {ARMS[name]}" for name in ("adamw", "muon")),
+        "thousand linear parameters there: AdamW", "Muon", "Spectron"], rows)
 
 
 def again(arms):
-    """One size of each arm on other seeds and at other rates."""
-    times = arms["adamw"].check.times
-    return Table("again", "", ["nats above the floor", "multiplications", "thousand linear parameters",
-                               f"{len(arms['adamw'].check.seeds)} seeds", "their standard deviation",
-                               *(f"seed 0, {factor} times the rate" for factor in times)], [
-        [ARMS[name], f"{arm.check.compute:.1e}", f"{arm.check.linear / 1e3:,.0f}", Cell(arm.check.seeds, ".3f"),
-         f"{np.std(arm.check.seeds, ddof=1):.3f}" if len(arm.check.seeds) > 1 else DASH,
-         *(f"{loss:.3f}" for loss in arm.check.times.values())] for name, arm in arms.items()])
+    """Sizes that were run on other seeds and at other rates."""
+    times, rows = sorted({factor for size in arms["adamw"].again for factor in size.times}), []
+    for sizes in zip(*(arm.again for arm in arms.values()), strict=True):
+        for name, size in zip(arms, sizes, strict=True):
+            rows.append([ARMS[name], trillions(size.compute), f"{size.linear / 1e3:,.0f}", Cell(size.seeds, ".3f"),
+                         f"{np.std(size.seeds, ddof=1):.3f}" if len(size.seeds) > 1 else DASH,
+                         *(f"{size.times[factor]:.3f}" if factor in size.times else DASH for factor in times)])
+    return Table("again", "", ["nats above the floor", "trillion multiplications", "thousand linear parameters",
+                               f"{len(arms['adamw'].again[0].seeds)} seeds", "their standard deviation",
+                               *(f"seed 0, {factor} times the rate" for factor in times)], rows)
 
 
 def law_figure(arms):
@@ -284,15 +288,18 @@ def law_figure(arms):
             axes.plot(np.exp(at), np.exp(np.polyval(parabola, at)), color=color, alpha=shade, linewidth=1)
             axes.plot(arm.linear[i], arm.loss[i], "o", color=color, alpha=shade, markersize=4)
             axes.plot(law.N_opt[0, i], law.loss[0, i], "*", color="black", markersize=8)
-            axes.annotate(f"{arm.compute[i].mean():.1e}", (arm.linear[i, -1], arm.loss[i, -1]), (4, 0),
+            axes.annotate(trillions(arm.compute[i].mean()), (arm.linear[i, -1], arm.loss[i, -1]), (4, 0),
                           textcoords="offset points", fontsize=7, color=color, va="center")
         axes.set(xscale="log", yscale="log", xlabel="parameters in the linear layers", title=ARMS[name])
         axes.margins(x=0.2)
-        panels[3].plot(arm.compute.mean(1), law.loss[0], "o-", color=color, label=ARMS[name], markersize=4)
+        panels[3].plot(arm.compute.mean(1) / 1e12, law.loss[0], "o-", color=color, label=ARMS[name], markersize=4)
     panels[0].set_ylabel("loss above the floor (nats per token)")
-    panels[3].set(xscale="log", xlabel="multiplications", title="The best size at each budget")
+    panels[3].set(xscale="log", xlabel="trillion multiplications", title="The best size at each budget")
     panels[3].legend(fontsize=8)
+    plot_logs.plain_ticks(panels[3].xaxis, 0.5, 1.5, 4.5, 13.5)
+    plot_logs.plain_ticks(panels[0].yaxis, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
+    figure.supxlabel("at a curve: its budget, in trillion multiplications; star: its lowest point", fontsize=8)
     return figure
 
 
-TABLES, FIGURES = {"exponents": exponents, "equal_compute": equal_compute, "again": again}, {"law": law_figure}
+TABLES = {"exponents": exponents, "equal_compute": equal_compute, "again": again}

@@ -1062,12 +1062,12 @@ def report_figure(run):
     return figure
 
 
-def plain_ticks(axes, *values):
-    """On a logarithmic x axis, these ticks as far as they lie on it."""
-    low, high = axes.get_xlim()
+def plain_ticks(axis, *values):
+    """On a logarithmic axis (xaxis or yaxis), these ticks as far as they lie on it."""
+    low, high = sorted(axis.get_view_interval())
     shown = [value for value in values if low <= value <= high]
-    axes.set_xticks(shown, [f"{value:g}" for value in shown])
-    axes.minorticks_off()
+    axis.set_ticks(shown, [f"{value:g}" for value in shown])
+    axis.set_minor_locator(plt.NullLocator())
 
 
 def perplexity_figure(record):
@@ -1085,7 +1085,7 @@ def perplexity_figure(record):
     axes.plot(record["before"]["all"] / 1e6, before, "k*", markersize=10, label=" not cut")
     axes.set(xscale="log", yscale="log", xlabel="million parameters, all", ylabel="perplexity",
              title=f"{label(record['checkpoint'])}: what cuts cost")
-    plain_ticks(axes, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    plain_ticks(axes.xaxis, 0.5, 1, 2, 5, 10, 20, 50, 100)
     low, high = axes.get_ylim()
     marks = [mark * 10**power for power in range(9) for mark in (1, 1.5, 2, 3, 4, 5, 7)]
     marks = [mark for mark in marks if low <= mark <= high]

@@ -571,7 +571,7 @@ def comparison_figure(study):
         axes.set(xscale="log", xlabel="million parameters in the linear layers", title=f"With {settings}")
         if study.is_reference:  # room for the labels
             axes.set_xlim(0.06, 4)
-            plot_logs.plain_ticks(axes, 0.1, 0.3, 1, 3)
+            plot_logs.plain_ticks(axes.xaxis, 0.1, 0.3, 1, 3)
     panels[0].set_ylabel("validation loss (nats per token)")
     figure.suptitle("By best loss the report's default is last, and third with AdamW's state carried through resizes"
                     if study.is_reference else "Validation loss against parameters", fontsize=11)
@@ -645,7 +645,7 @@ def draw_arms(study, labels, title):
         axes.annotate(label, (at, fmean(losses)), place, textcoords="offset points", va="center", ha=side, color=color)
     axes.set(xscale="log", xlabel="million parameters in the linear layers",
              ylabel="last validation loss (nats per token)", title=title)
-    plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
+    plot_logs.plain_ticks(axes.xaxis, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
     axes.annotate("mean of the seeds, and two standard errors", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
                   textcoords="offset points", ha="right", va="top", fontsize=8, color="#444444")
     return figure
@@ -693,7 +693,7 @@ def compressed_figure(study):
                      fontsize=8)
     if study.is_reference:
         axes.set_ylim(5.85, 7.3)
-    plot_logs.plain_ticks(axes, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
+    plot_logs.plain_ticks(axes.xaxis, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
     axes.legend(handles=handles, fontsize=8, loc="upper right")
     return figure
 
@@ -701,6 +701,15 @@ def compressed_figure(study):
 def cuts_figure(study):
     """The losses and ranks of the first seed around the cuts."""
     return plot_logs.cuts_figure(study.groups["v11_tenth"].first)
+
+
+def law_figure(study):
+    """The scaling law."""
+    figure = law.law_figure(study.scaling)
+    if study.is_reference:
+        figure.suptitle("At equal compute low rank with Spectron is level with dense layers and AdamW, from the second "
+                        "budget on, and behind dense layers and Muon", fontsize=11)
+    return figure
 
 
 FIGURES = {"method": method_figure, "leak": leak_figure, "comparison": comparison_figure, "ranks": ranks_figure}
@@ -716,8 +725,8 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
-             (study.scaling, *({name: lambda study, of=of: of(study.scaling) for name, of in some.items()}
-                               for some in (law.TABLES, law.FIGURES)))]
+             (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},
+              {"law": law_figure})]
     has = [part for part in parts if part[0]]
     return ({name: table for _, tables, _ in has for name, table in tables.items()},
             {name: figure for *_, figures in has for name, figure in figures.items()})

@@ -9,8 +9,8 @@ widths at each budget, trained for as many steps as the budget allows. The text 
 of it twice. It has 64 topics, and Zipf's law for them, so that a larger model has always more to learn, and rarer: with
 four equal topics the loss falls in one step, once a model finds them. Rates are tuned at two ends, the smallest width
 of the smallest budget and the largest of the last but one; the others lie on the line through these two. So what is due
-to a run's length counts as due to its width. One size of each arm is run again, on two other seeds and at half and
-twice its rate. law.py fits power laws to the logs, and results.py shows them.
+to a run's length counts as due to its width. Near the best size each arm is run again on two other seeds, at two
+budgets, and at one of them at half and twice its rate. law.py fits power laws to the logs, and results.py shows them.
 """
 import argparse
 import json
@@ -36,7 +36,8 @@ WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCKS = dict(zip(WIDTHS, (2, 2, 2, 2, 3, 3, 4, 4, 5), strict=True))
 BUDGETS = [5e11 * 3**i for i in range(4)]  # multiplications of a run, forward and backward
 FIRST, PER_BUDGET = {"adamw": 0, "muon": 0, "spectron": 1}, 5  # an arm's smallest width; each budget begins one later
-CHECKED, SEEDS, TIMES = (1, {"adamw": 32, "muon": 32, "spectron": 64}), (1, 2), (0.5, 2)  # budget, widths; run again
+AGAIN = {1: {"adamw": 32, "muon": 32, "spectron": 64}, 3: {"adamw": 64, "muon": 64, "spectron": 128}}  # by budget
+SEEDS, TIMES = (1, 2), (0.5, 2)  # of the widths above; times the rate, at the first of these budgets
 HELD_OUT = 0.005  # of the text
 SIZE = {"vocab_size": 500, "block_size": 64, "batch_size": 32}
 TEXT = (f"--words {SIZE['vocab_size']} --topics 64 --topic-zipf 1.5 --classes 20 --switch 0.01 --seed 1 "
@@ -80,10 +81,9 @@ class Scaling(study.Study):
         self.folder = self.out / "synthetic"
         names = [name for arm in ARMS for names in tries(arm).values() for name in names]
         names += [f"{arm}_c{i}_d{width}" for arm in ARMS for i, width in points(arm)]
-        budget, widths = CHECKED
-        checked = [f"{arm}_c{budget}_d{widths[arm]}" for arm in ARMS]
-        names += [f"{name}_times{factor}" for name in checked for factor in TIMES]
-        return [*map(study.Run, names), *(study.Run(name, seed) for name in checked for seed in SEEDS)], []
+        again = [f"{arm}_c{budget}_d{widths[arm]}" for budget, widths in AGAIN.items() for arm in ARMS]
+        names += [f"{name}_times{factor}" for name in again[:len(ARMS)] for factor in TIMES]
+        return [*map(study.Run, names), *(study.Run(name, seed) for name in again for seed in SEEDS)], []
 
     def needs(self, run):
         arm, *_, tried, _ = of_name(run.name)

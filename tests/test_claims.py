@@ -4,13 +4,15 @@ from statistics import fmean, median
 
 import pytest
 
+import law
 import plot_logs
 import results
 from conftest import ROOT
-from counts import multiplications
+from counts import multiplications, step_multiplications, token_multiplications
 from results import best_loss, last_loss, linear_parameters, mean_rank
 
 STUDY = results.Study(results.REFERENCE)
+LAWS = {name: law.fit(arm, seed=seed) for seed, (name, arm) in enumerate(STUDY.scaling.items())}  # as in the tables
 BENCH = json.loads((ROOT / "logs" / "reference" / "bench.json").read_text())
 MEAN = {name: fmean(map(best_loss, group.runs)) for name, group in STUDY.groups.items()}
 
@@ -310,6 +312,34 @@ IN_README = [
             f"({fits(DENSE, kept_linear, '.0%')} of those in linear layers), at {fits(DENSE, rise, '+.1%')} on the "
             f"other; trained with Muon, {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
 ]
+
+
+def lowest(arm, budget=-1):
+    """The lowest loss of an arm at a budget, in nats above the floor."""
+    return f"{LAWS[arm].loss[0, budget]:.3f}"
+
+
+def low_rank_above(dense, budget=-1):
+    """By how much the lowest loss of low rank is above that of a dense arm, with its interval."""
+    return law.between((LAWS["spectron"].loss - LAWS[dense].loss)[:, budget], "+.3f")
+
+
+def size_at_best(arm, dense, budget=-1):
+    """The linear parameters of the best size of low rank, over those of a dense arm."""
+    return f"{LAWS[arm].N_opt[0, budget] / LAWS[dense].N_opt[0, budget]:.0%}"
+
+
+def shares(arm, part):
+    """The share of a part, or of the optimizer, in the multiplications of the runs of the largest budget."""
+    found = []
+    for path in law.scaling_folder(results.REFERENCE).glob(f"{arm}_c3_d*_s0.jsonl"):
+        run = law.ended(path)
+        ranks = run.settings["initial_ranks"] if arm == "spectron" else None
+        forward = token_multiplications(run.settings, ranks)
+        plain = step_multiplications(run.settings | {"optimizer": "adamw"}, ranks)
+        found.append(1 - plain / step_multiplications(run.settings, ranks) if part == "optimizer"
+                     else forward[part] / sum(forward.values()))
+    return f"{min(found):.0%} to {max(found):.0%}"
 
 
 def measured(name):

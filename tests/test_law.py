@@ -121,7 +121,7 @@ def study(tmp_path):
 
 def test_every_run_is_a_command_that_spends_its_budget(study, monkeypatch):
     monkeypatch.setattr(study, "factor", lambda arm, width: 1.0)
-    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 6 + 20 + 2 + 2)
+    assert len(study.runs) == len(set(study.runs)) == 3 * (2 * 6 + 20 + 2 + 2 * 2)
     for run in study.runs:
         name, budget, width, tried, times = scaling.of_name(run.name)
         command = study.command(run)
@@ -190,7 +190,7 @@ def execute(self, run, command):
 scaling.Scaling.execute = execute
 scaling.ARMS, scaling.FIRST = {{"spectron": scaling.ARMS["spectron"]}}, {{"spectron": 0}}
 scaling.BUDGETS, scaling.TRIED = [2e8, 6e8], (0.5, 1)
-scaling.CHECKED, scaling.SEEDS, scaling.TIMES = (1, {{"spectron": 16}}), (1,), (2,)
+scaling.AGAIN, scaling.SEEDS, scaling.TIMES = {{1: {{"spectron": 16}}}}, (1,), (2,)
 scaling.WIDTHS, scaling.PER_BUDGET = (8, 16, 24, 32, 48), 4
 scaling.BLOCKS |= {{8: 1, 16: 1}}
 scaling.TEXT, scaling.HELD_OUT = scaling.TEXT.replace("0.005", "0.1"), 0.1
@@ -233,8 +233,8 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     assert found.linear[:, 0].tolist() == [2 * (4 * 2 * 8 + 2 * 5 * 8), 4 * (4 * 2 * 16 + 2 * 5 * 16)]  # a block each
     again = {how: plot_logs.read_log(tmp_path / f"spectron_c1_d16_{how}.jsonl", how, 64) for how in ("s1", "times2_s0")}
     losses = {how: run.epochs[0]["val_loss"] - floor["context_floor"] for how, run in again.items()}
-    assert found.check == (found.compute[1, 0], found.linear[1, 0], [found.loss[1, 0], losses["s1"]],
-                           {"2": losses["times2_s0"]})
+    assert found.again == ((found.compute[1, 0], found.linear[1, 0], [found.loss[1, 0], losses["s1"]],
+                            {"2": losses["times2_s0"]}),)
     assert (again["s1"].settings["seed"], again["s1"].settings["eta"]) == (1, run.settings["eta"])
     assert again["times2_s0"].settings["eta"] == pytest.approx(2 * run.settings["eta"], rel=0.01)
     assert found.tokens[1, 0] == 2048 * run.settings["steps_per_epoch"]
@@ -268,5 +268,5 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
 def test_the_list_names_every_run(capsys):
     assert scaling.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * (2 * 6 + 20 + 2 + 2)
+    assert len(lines) == 3 * (2 * 6 + 20 + 2 + 2 * 2)
     assert all(line.startswith("-") for line in lines)

@@ -707,8 +707,8 @@ def law_figure(study):
     """The scaling law."""
     figure = law.law_figure(study.scaling)
     if study.is_reference:
-        figure.suptitle("At equal compute low rank with Spectron is level with dense layers and AdamW, from the second "
-                        "budget on, and behind dense layers and Muon", fontsize=11)
+        figure.suptitle("At equal compute low rank with Spectron comes close to the dense model with AdamW, from the "
+                        "second budget on, and stays behind the one with Muon", fontsize=11)
     return figure
 
 

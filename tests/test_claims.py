@@ -1,7 +1,9 @@
 """What README.md and RESULTS.md say of the study: each claim is a phrase of a page, and what must hold in the logs."""
 import json
-from statistics import fmean, median
+import math
+from statistics import fmean, median, stdev
 
+import numpy as np
 import pytest
 
 import law
@@ -324,6 +326,16 @@ def low_rank_above(dense, budget=-1):
     return law.between((LAWS["spectron"].loss - LAWS[dense].loss)[:, budget], "+.3f")
 
 
+def beside_0(values):
+    """1: the interval of a fit is above 0, -1: below, 0: it holds 0."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return int(low > 0) - int(high < 0)
+
+
+def low_rank_beside(dense, budget):
+    return beside_0((LAWS["spectron"].loss - LAWS[dense].loss)[:, budget])
+
+
 def size_at_best(arm, dense, budget=-1):
     """The linear parameters of the best size of low rank, over those of a dense arm."""
     return f"{LAWS[arm].N_opt[0, budget] / LAWS[dense].N_opt[0, budget]:.0%}"
@@ -340,6 +352,49 @@ def shares(arm, part):
         found.append(1 - plain / step_multiplications(run.settings, ranks) if part == "optimizer"
                      else forward[part] / sum(forward.values()))
     return f"{min(found):.0%} to {max(found):.0%}"
+
+
+def exponent(arm, key, size="parameters"):
+    return law.between(law.fit(STUDY.scaling[arm], size, seed=[*STUDY.scaling].index(arm)).exponents[key])
+
+
+def seeds_above(dense, size=-1):
+    """By how much low rank is above a dense arm near the best size, over seeds that are not paired."""
+    low, other = (STUDY.scaling[name].again[size].seeds for name in ("spectron", dense))
+    error = math.hypot(results.standard_error(low), results.standard_error(other))
+    return f"{fmean(low) - fmean(other):.3f} ± {error:.3f}"
+
+
+def deviations(size):
+    return ", ".join(f"{stdev(arm.again[size].seeds):.3f}" for arm in STUDY.scaling.values())
+
+
+def of_both_terms(arm):
+    """The exponent of N_opt that the parametric fit implies, N in multiplications per token."""
+    found = law.fit(STUDY.scaling[arm], "per_token", draws=0).exponents
+    return f"{found['beta'][0] / (found['alpha'][0] + found['beta'][0]):.2f}"
+
+
+SENTENCES_OF_LAW = [
+    lambda: f"At the largest, 13.5 trillion multiplications, its lowest loss is {lowest('spectron')} nats above the "
+            f"floor, AdamW's {lowest('adamw')} and Muon's {lowest('muon')}: a difference of {low_rank_above('adamw')} "
+            f"and of {low_rank_above('muon')}.",
+    lambda: f"its best size there has {size_at_best('spectron', 'adamw')} of the linear parameters of AdamW's, and "
+            f"{size_at_best('spectron', 'muon')} of Muon's.",
+    lambda: f"On three seeds near the best sizes it is {seeds_above('adamw')} above AdamW and {seeds_above('muon')} "
+            "above Muon.",
+    lambda: f"At the smallest budget low rank is {low_rank_above('adamw', 0)} above AdamW, at the others "
+            f"{low_rank_above('adamw', 1)}, {low_rank_above('adamw', 2)} and {low_rank_above('adamw', 3)}.",
+    lambda: f"In all parameters low rank has {exponent('spectron', 'a')} and {exponent('spectron', 'b')};",
+    lambda: f"Three seeds differ with a standard deviation of {deviations(0)} nats (AdamW, Muon, Spectron) at the "
+            f"second budget, and of {deviations(1)} at the largest.",
+    lambda: f"Newton-Schulz takes {shares('muon', 'optimizer')} of Muon's multiplications at the largest budget, and "
+            f"{shares('spectron', 'optimizer')} of Spectron's.",
+    lambda: f"the head takes {shares('spectron', 'head')} of low rank's multiplications there, and "
+            f"{shares('adamw', 'head')} of the dense model's.",
+    lambda: f"the sum of powers puts AdamW's exponent of N, in multiplications per token, at {of_both_terms('adamw')}, "
+            f"the parabolas at {exponent('adamw', 'a', 'per_token')}.",
+]
 
 
 def measured(name):
@@ -481,6 +536,21 @@ CLAIMS = [  # page, phrase, what it rests on
               for rank in ("rank64", "rank16")] == ["1.15", "1.05"]),
     ("RESULTS", "One budget over all layers brings nothing here",
      lambda: not clearly("v11_tenth", "tenth_uniform") and not clearly("v11_tenth", "tenth_once")),
+    ("RESULTS", "comes close to a dense model with AdamW, from the second of four budgets on, and stays behind one "
+     "with Muon at all",
+     lambda: [low_rank_beside("adamw", budget) for budget in range(4)] == [1, 0, 0, 0]
+     and [low_rank_beside("muon", budget) for budget in range(4)] == [1, 1, 1, 1]),
+    ("README", "comes close to dense AdamW at three of four budgets, not to dense Muon",
+     lambda: all(LAWS["spectron"].loss[0, 1:] / LAWS["adamw"].loss[0, 1:] < 1.06)
+     and all(LAWS["spectron"].loss[0] / LAWS["muon"].loss[0] > 1.2)),
+    ("RESULTS", "falls as C^-0.39 to C^-0.43",
+     lambda: {f"{found.exponents['c'][0]:.2f}" for found in LAWS.values()} == {"0.39", "0.43"}),
+    ("RESULTS", "No exponent of the loss differs from another beyond its interval",
+     lambda: not any(beside_0(LAWS[one].exponents["c"] - LAWS[other].exponents["c"])
+                     for one, other in (("spectron", "adamw"), ("spectron", "muon"), ("adamw", "muon")))),
+    ("RESULTS", "half the rate costs AdamW and Spectron little and Muon nothing; twice the rate is worse for all",
+     lambda: all(arm.again[0].times["0.5"] - arm.again[0].seeds[0] < (0.05 if name != "muon" else 0)
+                 and arm.again[0].times["2"] > arm.again[0].seeds[0] for name, arm in STUDY.scaling.items())),
     ("RESULTS", "Holds for rank 64 against AdamW; not against Muon, and not for rank 16",
      lambda: clearly("rank64_spectron_equal_flop", "dense_adamw") and not clearly(
          "rank64_spectron_equal_flop", "dense_muon") and not clearly("rank16_spectron_equal_flop", "dense_adamw")),
@@ -494,7 +564,8 @@ def test_the_logs_say_what_the_page_says(page, phrase, holds):
 
 
 @pytest.mark.parametrize(("page", "sentence"), [
-    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_OF_COMPRESSION, times]),
+    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_OF_COMPRESSION,
+                                               *SENTENCES_OF_LAW, times]),
     *(("README", sentence) for sentence in IN_README)])
 def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
     assert sentence() in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())

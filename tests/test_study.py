@@ -329,7 +329,8 @@ def test_a_difference_is_between_runs_of_one_seed():
 def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):
     for name in ("results.py", "counts.py", "law.py", "plot_logs.py", "README.md", "RESULTS.md"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(REFERENCE, tmp_path / "logs" / "reference" / "study")
+    for name in ("study", "scaling"):
+        shutil.copytree(REFERENCE.parent / name, tmp_path / "logs" / "reference" / name)
     done = subprocess.run([sys.executable, "results.py", "--study", "logs/reference/study"], cwd=tmp_path,
                           capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,6 @@
-"""The scaling law: what scaling.py's logs say of loss, size, tokens and compute. Tables and a figure for results.py.
+"""The scaling law: what scaling.py's logs say of loss, size, tokens and compute. Tables and a figure.
+
+    python3 law.py logs/scaling      of runs of one's own, the figure beside them; results.py shows the committed ones
 
 The loss is taken above the floor of the text: what the true generator loses if it sees no more than a block, as the
 models do. Compute is counted (counts.py), in multiplications. Two readings of Hoffmann et al. (2022):
@@ -13,15 +15,19 @@ them, for which a + b = 1.
 Intervals hold 95% of 1,000 fits to resampled residuals, widened after Student: they show the scatter about the fitted
 curve, if the curve is right, not what another seed, rate or text would change. For that some sizes are run again.
 """
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-import counts
-import plot_logs
-from plot_logs import DASH, Cell, LogError, Table
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
+import counts  # noqa: E402
+import plot_logs  # noqa: E402
+from plot_logs import DASH, Cell, LogError, Table  # noqa: E402
 
 ARMS = {"adamw": "dense, AdamW", "muon": "dense, Muon", "spectron": "rank d/4, Spectron"}
 COLORS = {"adamw": "dense", "muon": "controlled", "spectron": "cut"}  # of plot_logs' families
@@ -303,3 +309,29 @@ def law_figure(arms):
 
 
 TABLES = {"exponents": exponents, "equal_compute": equal_compute, "again": again}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="law.py", description="Prints and draws the law of scaling.py's runs.",
+                                     allow_abbrev=False)
+    parser.add_argument("folder", type=plot_logs.home, nargs="?", default="logs/scaling", help="folder of their logs")
+    folder = parser.parse_args(argv).folder
+    try:
+        if not (arms := read(folder)):
+            raise LogError(f"{folder} does not hold all of scaling.py's runs: `make scaling` goes on with them")
+        plot_logs.screen("\n\n".join(table(arms).markdown() for table in TABLES.values()))
+        plot_logs.start_matplotlib()
+        plot_logs.save(law_figure(arms), folder / "law")
+        plot_logs.screen(f"\n{folder / 'law.png'}")
+        return 0
+    except LogError as error:
+        print(f"law.py: error: {error}", file=sys.stderr)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        print(f"law.py: error: {folder} holds other logs than those of scaling.py ({error!r})", file=sys.stderr)
+    except OSError as error:
+        print(f"law.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,21 +2,24 @@
 
     python3 scaling.py               every run that is not done yet, two side by side    -> logs/scaling/
     python3 scaling.py --list        each run, and whether it is done
+    python3 law.py logs/scaling      what they say
 
 Three arms: dense layers with AdamW, dense layers with Muon, and factors of a quarter of the width with Spectron, which
 is the ratio of its paper. The head is tied in all. Each arm has four budgets of compute, a factor of 3 apart, and five
 widths at each budget, trained for as many steps as the budget allows. The text is synthetic, and no run reads a token
 of it twice. It has 64 topics, and Zipf's law for them, so that a larger model has always more to learn, and rarer: with
 four equal topics the loss falls in one step, once a model finds them. Rates are tuned at two ends, the smallest width
-of the smallest budget and the largest of the last but one; the others lie on the line through these two. So what is due
-to a run's length counts as due to its width. Near the best size each arm is run again on two other seeds, at two
-budgets, and at one of them at half and twice its rate. law.py fits power laws to the logs, and results.py shows them.
+of the smallest budget and the largest of the last but one, by a parabola through the best try and those beside it; the
+others lie on the line through these two. So what is due to a run's length counts as due to its width. Near the best
+size each arm is run again on two other seeds, at two budgets, and at one of them at half and twice its rate. law.py
+fits power laws to the logs.
 """
 import argparse
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -154,11 +157,12 @@ class Scaling(study.Study):
                                 "runs that read it")
 
     def measure(self):
-        """Say where a tuned rate is at the edge of what was tried; compute is counted, not measured."""
+        """Say where a tuned rate is at the edge of what was tried, and what comes next; compute is counted."""
         for arm in ARMS:
             for width, factor in self.best(arm):
                 if factor in (min(TRIED), max(TRIED)):
                     v10.say(f"*** {arm}, width {width}: the best rate is at the edge of those that were tried")
+        v10.say(f"python3 law.py {shlex.quote(str(self.out))} makes the tables and the figure")
 
 
 @v10.screens()

@@ -153,7 +153,8 @@ def test_rates_lie_on_the_line_through_the_best_of_two_widths(study, capsys):
     assert study.factor("muon", 256) > 8  # beyond what was tuned the line goes on
     study.measure()
     assert capsys.readouterr().out == (
-        "*** muon, width 128: the best rate is at the edge of those that were tried\n")
+        "*** muon, width 128: the best rate is at the edge of those that were tried\n"
+        f"python3 law.py {study.out} makes the tables and the figure\n")
 
 
 def test_another_precision_or_text_in_the_folder_is_refused(study):
@@ -221,7 +222,7 @@ def test_the_runs_read_a_text_once_at_rates_between_the_best_of_two_widths(tiny)
         assert set(settings["initial_ranks"]) == {width // 4}
 
 
-def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path, few_draws):
+def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path, few_draws, capsys):
     floor = json.loads((tiny / "synthetic.json").read_text())
     assert floor["context"] == scaling.SIZE["block_size"]
     for path in tiny.glob("*.json*"):  # the other arms' are copies
@@ -240,20 +241,27 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     assert found.tokens[1, 0] == 2048 * run.settings["steps_per_epoch"]
     settings = counts.settings_of(16, 1, **scaling.SIZE, optimizer="spectron")
     assert found.compute[1, 0] == run.settings["steps_per_epoch"] * counts.step_multiplications(settings, [4] * 6)
-    assert all(table(arms).markdown() for table in law.TABLES.values())
+    assert law.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(table(arms).markdown() in said for table in law.TABLES.values())
+    assert said.endswith(f"{tmp_path / 'law.png'}\n")
+    assert (tmp_path / "law.png").stat().st_size > 10_000
     sidecar = tmp_path / "synthetic.json"
     for change, message in (({"context": 32}, "mixes runs"), ({"entropy_floor": 1.0}, "mixes runs"),
                             ({"context_floor": 9.0}, "no honest model"), ({"context_floor": None}, "does not say")):
         sidecar.write_text(json.dumps(floor | change))
         with pytest.raises(plot_logs.LogError, match=message):
             law.read(tmp_path)
+    assert law.main([str(tmp_path)]) == 2
+    assert "does not say what the text's floor is" in capsys.readouterr().err
     sidecar.write_text(json.dumps(floor))
     log = tmp_path / "adamw_c0_d16_s0.jsonl"
     whole = log.read_text()
     log.write_text("".join(whole.splitlines(keepends=True)[:1]))  # it has begun, no more
     assert law.read(tmp_path) == {}
     log.unlink()
-    assert law.read(tmp_path) == {}
+    assert law.main([str(tmp_path)]) == 2
+    assert f"{tmp_path} does not hold all of scaling.py's runs: `make scaling` goes on" in capsys.readouterr().err
     log.write_text(whole)
     (tmp_path / "muon_c1_d16_s1.jsonl").unlink()  # one arm has fewer seeds
     assert law.read(tmp_path) == {}

@@ -91,8 +91,9 @@ def slope(x, y):
 
 def isoflop(log_N, log_D, log_loss, log_C, draws=0, rng=None):
     """Parabolas at each budget, and lines through what is lowest. Arguments (budgets, widths), log_C (budgets,)
-    -> (log N_opt, log loss there, where it is beyond the sizes, exponents, the first parabolas). A lowest point beyond
-    the sizes that were run is taken at the last of them: `a` is then the grid's more than the law's."""
+    -> (log N_opt, log loss there, where it is beyond the sizes, exponents, the first parabolas, log losses on them). A
+    lowest point beyond the sizes that were run is taken at the last of them: `a` is then the grid's more than the
+    law's."""
     parabolas = np.array([np.polyfit(x, y, 2) for x, y in zip(log_N, log_loss, strict=True)])
     fitted = np.array([np.polyval(p, x) for p, x in zip(parabolas, log_N, strict=True)])
     many = resampled(fitted, log_loss, log_loss.size - parabolas.size, draws, rng)  # (1 + draws, budgets, widths)
@@ -108,7 +109,7 @@ def isoflop(log_N, log_D, log_loss, log_C, draws=0, rng=None):
         D_opt.append(np.polyval(np.polyfit(x, log_D[i], 2), lowest[-1]))
     lowest, loss, D_opt, beyond = (np.array(values).T for values in (lowest, loss, D_opt, beyond))
     exponents = {"a": slope(log_C, lowest), "b": slope(log_C, D_opt), "c": -slope(log_C, loss)}
-    return lowest, loss, beyond, exponents, parabolas
+    return lowest, loss, beyond, exponents, parabolas, fitted
 
 
 def parametric(log_N, log_D, log_losses, rounds=300):
@@ -144,8 +145,7 @@ def fit(arm, size="linear", draws=DRAWS, seed=0):
     rng = np.random.default_rng(seed)
     log_N, log_D, log_loss = (np.log(values) for values in (getattr(arm, size), arm.tokens, arm.loss))
     log_C = np.log(arm.compute).mean(1)
-    lowest, loss, beyond, exponents, parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
-    on_parabolas = [np.polyval(p, x) for p, x in zip(parabolas, log_N, strict=True)]
+    lowest, loss, beyond, exponents, parabolas, on_parabolas = isoflop(log_N, log_D, log_loss, log_C, draws, rng)
     (fitted,) = parametric(log_N, log_D, log_loss[None])[2]
     misfit = np.sqrt([((log_loss - of_form) ** 2).mean() for of_form in (on_parabolas, fitted)])
     alpha, beta, _ = parametric(log_N, log_D, resampled(fitted, log_loss, log_loss.size - 4, draws, rng))
@@ -311,26 +311,22 @@ def law_figure(arms):
 TABLES = {"exponents": exponents, "equal_compute": equal_compute, "again": again}
 
 
+def show(folder):
+    """Print the tables of a folder of scaling.py's, and save the figure beside its logs. Raises LogError."""
+    if not (arms := read(folder)):
+        raise LogError(f"{folder} does not hold all of scaling.py's runs: `make scaling` goes on with them")
+    plot_logs.screen("\n\n".join(table(arms).markdown() for table in TABLES.values()))
+    plot_logs.start_matplotlib()
+    plot_logs.save(law_figure(arms), folder / "law")
+    plot_logs.screen(f"\n{folder / 'law.png'}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="law.py", description="Prints and draws the law of scaling.py's runs.",
                                      allow_abbrev=False)
     parser.add_argument("folder", type=plot_logs.home, nargs="?", default="logs/scaling", help="folder of their logs")
     folder = parser.parse_args(argv).folder
-    try:
-        if not (arms := read(folder)):
-            raise LogError(f"{folder} does not hold all of scaling.py's runs: `make scaling` goes on with them")
-        plot_logs.screen("\n\n".join(table(arms).markdown() for table in TABLES.values()))
-        plot_logs.start_matplotlib()
-        plot_logs.save(law_figure(arms), folder / "law")
-        plot_logs.screen(f"\n{folder / 'law.png'}")
-        return 0
-    except LogError as error:
-        print(f"law.py: error: {error}", file=sys.stderr)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        print(f"law.py: error: {folder} holds other logs than those of scaling.py ({error!r})", file=sys.stderr)
-    except OSError as error:
-        print(f"law.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
-    return 2
+    return plot_logs.exit_code("law.py", folder, "scaling.py", lambda: show(folder))
 
 
 if __name__ == "__main__":

@@ -1231,6 +1231,21 @@ def screen(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
 
 
+def exit_code(name, folder, kind, work) -> int:
+    """Of a script that shows a folder of logs: 0 if `work` succeeds, else 2, and one line says what was wrong."""
+    try:
+        work()
+        return 0
+    except LogError as error:
+        message = str(error)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        message = f"{folder} holds other logs than those of {kind} ({error!r})"
+    except OSError as error:
+        message = f"cannot use {error.filename}: {error.strerror}"
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return 2
+
+
 def home(name: str) -> Path:
     """A path; a shell expands no ~ in --flag=~/name."""
     return Path(name).expanduser()

@@ -734,6 +734,34 @@ def available(study):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
+def show(folder, out):
+    """The tables and figures of a study's folder, into the folder `out`, or if that is None into the pages. Raises
+    LogError."""
+    study = Study(folder)
+    missing = sorted(NEEDED - set(study.groups))
+    if missing or not study.speed or not {"val", "test"} <= study.ngrams.keys() or not study.probes:
+        raise LogError(f"{folder} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
+                       "missing; `make study` goes on with it")
+    if not out and folder.resolve() != REFERENCE:
+        raise LogError(f"the pages here show {REFERENCE.relative_to(HERE)}: --out names a folder for the results "
+                       f"of {folder}")
+    tables, figures = available(study)
+    tables = {name: table(study) for name, table in tables.items()}
+    figures_folder = (out or folder) / "figures"
+    figures_folder.mkdir(parents=True, exist_ok=True)
+    if out:
+        text = "\n\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
+        (out / "tables.md").write_text(text + "\n", encoding="utf-8")
+    else:
+        pages = {HERE / name: filled((HERE / name).read_text(encoding="utf-8"), tables) for name in PAGES}
+        for page, text in pages.items():  # once all are known to be good
+            page.write_text(text, encoding="utf-8")
+    plot_logs.start_matplotlib()
+    for name, figure in figures.items():
+        plot_logs.save(figure(study), figures_folder / name)
+    plot_logs.screen("\n".join(str(figures_folder / f"{name}.png") for name in figures))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="results.py", description="Makes the study's tables and figures.",
                                      allow_abbrev=False)
@@ -741,38 +769,7 @@ def main(argv=None):
     parser.add_argument("--out", type=home, help="folder of tables.md and figures/; default: the tables go into "
                         "README.md and RESULTS.md, the figures beside the logs")
     args = parser.parse_args(argv)
-    try:
-        study = Study(args.study)
-        missing = sorted(NEEDED - set(study.groups))
-        if missing or not study.speed or not {"val", "test"} <= study.ngrams.keys() or not study.probes:
-            raise LogError(f"{args.study} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
-                           "missing; `make study` goes on with it")
-        if not args.out and args.study.resolve() != REFERENCE:
-            raise LogError(f"the pages here show {REFERENCE.relative_to(HERE)}: --out names a folder for the results "
-                           f"of {args.study}")
-        tables, figures = available(study)
-        tables = {name: table(study) for name, table in tables.items()}
-        folder = (args.out or args.study) / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.out:
-            text = "\n\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
-            (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
-        else:
-            pages = {HERE / name: filled((HERE / name).read_text(encoding="utf-8"), tables) for name in PAGES}
-            for page, text in pages.items():  # once all are known to be good
-                page.write_text(text, encoding="utf-8")
-        plot_logs.start_matplotlib()
-        for name, figure in figures.items():
-            plot_logs.save(figure(study), folder / name)
-        plot_logs.screen("\n".join(str(folder / f"{name}.png") for name in figures))
-        return 0
-    except LogError as error:
-        print(f"results.py: error: {error}", file=sys.stderr)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        print(f"results.py: error: {args.study} holds other logs than those of a study ({error!r})", file=sys.stderr)
-    except OSError as error:
-        print(f"results.py: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
-    return 2
+    return plot_logs.exit_code("results.py", args.study, "a study", lambda: show(args.study, args.out))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def factor_rank_update(factors, rank, generator):
     """What v10 does: the report's estimate, the exact value and the resize, these two from one SVD of the factors."""
     return [(v10.stable_rank(U, V, 5, generator), v10.stable_rank_of(svd[1]),
              *v10.resize_factors(U, V, rank, generator, svd))
-            for (U, V), svd in zip(factors, v10.product_svds(factors), strict=True)]
+            for (U, V), svd in zip(factors, v10.for_each(v10.product_svd, factors), strict=True)]
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def elsewhere(kind, args, processes=1):
 def here(kind, args):
     """elsewhere()'s other end."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group()
+        v10.join_processes()
     step = make_step(kind, args)
     step()
     v10.gather("ready")

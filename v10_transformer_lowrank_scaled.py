@@ -105,13 +105,13 @@ def product_svd(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Q_u @ P, S, Qt @ Q_v.mT
 
 
-def product_svds(factors: list) -> list:
-    """[product_svd(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
+def for_each(function, factors: list) -> list:
+    """[function(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
     threads mostly wait for each other. Each has to be told so itself: else its results vary in the last bits."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(product_svd, *zip(*factors, strict=True)))
+            return list(pool.map(function, *zip(*factors, strict=True)))
     finally:
         torch.set_num_threads(threads)
 
@@ -193,7 +193,8 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
 
     def set_factors(self, U, V):
         """Replace both factors. The Parameters stay the same objects, so no optimizer group has to change."""
-        for parameter, value in ((self.U, by_columns(U)), (self.V, V.contiguous())):
+        U = U.contiguous() if self.U.device.type == "mps" else by_columns(U)  # Metal: see build_run
+        for parameter, value in ((self.U, U), (self.V, V.contiguous())):
             parameter.data = value.to(parameter.device)
             parameter.grad = None
 
@@ -440,10 +441,10 @@ def leak_check(model: GPT) -> dict:
         tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
     change = largest = 0.0
     tile = max(1, LOGITS_BYTES // (16 * n_words))  # positions: with a large vocabulary not all logits fit at once
-    with evaluation_mode(model):
-        x = model.features(tokens.remainder(n_words).to(device))  # (4, T, C)
+    with evaluation_mode(model):  # each text alone: in a batch, products might round the same row differently
+        xs = [model.features(row.expand(2, T))[0] for row in tokens.remainder(n_words).to(device)]  # (T, C) each
         for i in range(0, T, tile):
-            original, *changed = model.logits(x[:, i:i + tile])  # (tile, V) each
+            original, *changed = [model.logits(x[i:i + tile]) for x in xs]  # (tile, V) each
             largest = max(largest, original.abs().max().item())
             change = max([change, *((logits - original)[:t + 1 - i].abs().max().item()
                                     for logits, t in zip(changed, last_kept, strict=True) if i <= t)])
@@ -539,8 +540,8 @@ def finite_factors(layers) -> list:
 def plan_ranks(layers, controllers, ema, power_iterations, generator):
     """update_ranks without its effects -> (what the log keeps, {index of a layer: what resize_factors gives})."""
     factors = finite_factors(layers)
-    svds = product_svds(factors) if controllers else []  # once, for the exact stable rank and for the resize
-    exact = [stable_rank_of(S) for _, S, _ in svds] or [stable_rank(U, V) for U, V in factors]
+    svds = for_each(product_svd, factors) if controllers else []  # once, for the exact stable rank and for the resize
+    exact = [stable_rank_of(S) for _, S, _ in svds] or for_each(stable_rank, factors)
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
     update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": exact}
     if not controllers:
@@ -811,7 +812,7 @@ def next_batch(tokens: Tensor | TokenFile, step: int, batch_size: int, block_siz
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
-REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
+REDUCTION = 2**14  # no product sums over more words or tokens: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -1141,6 +1142,10 @@ def build_run(request):
             generator.set_state(checkpoint["generators"][name])
         if not run.moved:
             dropout_rng(run.device).set_rng_state(checkpoint["dropout_states"][process_index()])
+    if run.device.type == "mps":  # what Metal does in place has been wrong where a tensor does not lie row by row
+        states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+        for tensor in [*model.parameters(), *filter(torch.is_tensor, states)]:
+            tensor.data = tensor.contiguous()
     return run
 
 
@@ -1225,7 +1230,8 @@ def train(run):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
             batch = (next_batch(train_tokens, step, args.batch_size, args.block_size) if args.one_pass else
                      sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"]))
-            x, y = (whole.chunk(process_count())[process_index()].to(device) for whole in batch)  # each takes its share
+            x, y = (whole.chunk(process_count())[process_index()]  # each takes its share
+                    .to(device, non_blocking=device.type == "cuda") for whole in batch)
             run.variant.before_step(run, step)
             if args.telemetry and ends:
                 state.part.time_sec += watch.lap()
@@ -1234,8 +1240,8 @@ def train(run):
             loss_sum = train_step(wrapped, run.optimizers, x, y, args.grad_clip, run.settings["grad_accum"], loss_sum)
             if progress.due():
                 progress.show(loss_sum.item() / ((step - 1) % steps + 1), model.ranks())
-            if device.type == "cuda" and not (updates or ends or step % 10 == 0):
-                continue  # to look at the loss is to wait for CUDA
+            if device.type != "cpu" and not (updates or ends or step % 10 == 0):
+                continue  # to look at the loss is to wait for the device
             check_finite(loss_sum.item(), step, args, run.files.last)
             state.part.time_sec += watch.lap()
 
@@ -1360,6 +1366,12 @@ def process_index() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def join_processes():
+    """Meet the other processes that torchrun started: NCCL averages gradients on GPUs, gloo does all else."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo")
+    gather("connected")  # before that, the end of one would look like a crash to the others
+
+
 def gather(value) -> list:
     """[value in process 0, value in process 1, ...], in every process."""
     values = [value] * process_count()
@@ -1415,13 +1427,19 @@ def keep_freed_memory():
 
 def pick_device(name: str) -> torch.device:
     """The device of --device, ready for use -> torch.device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and process_count() == 1,
+                 "cpu": True}  # MPS cannot average gradients
     if name == "auto":
         name = next(name for name in available if available[name])
     if not available[name]:
-        raise UserError(f"--device {name} is not available on this machine: try --device auto")
+        raise UserError(f"--device {name} is not available on this machine"
+                        f"{' to several processes' if process_count() > 1 else ''}: try --device auto")
     if name == "cuda":  # each process of a machine takes a GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if process_count() > 1 else 0)
+        here, index = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: start one per GPU, "
+                            "or try --device cpu")
+        torch.cuda.set_device(index if process_count() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
     if name == "cpu":
         keep_freed_memory()
@@ -1460,9 +1478,10 @@ def bfloat16_speedup() -> float:
 
 def default_grad_accum(windows: int, block_size: int, device: torch.device) -> int:
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
-    to its caches (faster, and half the memory); elsewhere one, which keeps the device busy."""
-    parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= 2048]
-    return min(parts, default=windows) if device.type == "cpu" else 1
+    to its caches (faster, and half the memory); on MPS as many as a product may sum over; on CUDA all at once."""
+    most = {"cpu": 2048, "mps": REDUCTION}.get(device.type, math.inf)
+    parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= most]
+    return min(parts, default=windows)
 
 
 def compile_blocks(model: GPT) -> None:
@@ -2241,8 +2260,7 @@ def run_command(argv, variant):
 
     try:
         if dist.is_torchelastic_launched():
-            dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-            gather("connected")  # before that, the end of one would look like a crash to the others
+            join_processes()
         args = parse_flags(variant, argv)
         command = shlex.join([variant.name] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
         with contextlib.ExitStack() as locks:

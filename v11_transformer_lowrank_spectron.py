@@ -369,7 +369,7 @@ def in_proportion(budget: float, sides: list[int], numbers: list[float], present
 def gradient_groups(U_gradient: Tensor, similarity: float = 0.9) -> int:
     """How many groups of neurons (rows of dL/dU (m, r)) with similar gradients there are: each row joins the first
     group whose founder has a cosine of at least this to it, or founds one. The rule of the suite's first versions."""
-    rows, groups = F.normalize(U_gradient.double().cpu(), dim=1), 0
+    rows, groups = F.normalize(U_gradient.cpu().double(), dim=1), 0
     while len(rows):
         rows, groups = rows[1:][rows[1:] @ rows[0] < similarity], groups + 1
     return groups

@@ -33,6 +33,12 @@ def untimed(path, kind="epoch"):
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records(path, kind)]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def text(tmp_path):
     """A text of 3,000 words, 50 of them distinct."""

@@ -64,7 +64,9 @@ def test_the_leak_check_finds_the_leak_and_only_it(attention, leaks, bfloat16):
     model = small(attention, dropout=0.5)
     model.low_precision = bfloat16
     before = torch.get_rng_state()
-    assert v10.leak_check(model)["leaks"] is leaks
+    found = v10.leak_check(model)
+    assert found["leaks"] is leaks
+    assert (found["max_change"] == 0) is not leaks  # the same kernels on the same numbers, so nothing is rounded anew
     assert torch.equal(before, torch.get_rng_state()), "it draws from the global generator"
     assert model.training
 
@@ -191,7 +193,7 @@ def test_the_leak_check_never_holds_more_logits_than_a_tile(monkeypatch, attenti
     monkeypatch.setattr(v10.GPT, "logits", lambda *args: seen.append(logits(*args)) or seen[-1])
     monkeypatch.setattr(v10, "LOGITS_BYTES", 5 * 16 * 50)
     assert v10.leak_check(model)["max_change"] == pytest.approx(whole["max_change"], abs=1e-7)
-    assert [tuple(y.shape) for y in seen] == [(4, 5, 50), (4, 5, 50), (4, 2, 50)]
+    assert [len(y) for y in seen] == 4 * [5] + 4 * [5] + 4 * [2]  # of each text
 
 
 def test_dense_weights_are_those_that_the_layers_compute_with():

@@ -208,6 +208,36 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, capsys, monkeypatc
 
 @pytest.mark.parametrize(("windows", "block_size", "device", "parts"), [
     (32, 256, "cpu", 4), (32, 64, "cpu", 1), (33, 256, "cpu", 11), (4, 4096, "cpu", 4), (7, 1024, "cpu", 7),
-    (32, 256, "cuda", 1), (32, 256, "mps", 1)])
-def test_on_a_cpu_a_part_holds_at_most_2048_tokens_where_that_can_be(windows, block_size, device, parts):
+    (32, 256, "cuda", 1), (32, 256, "mps", 1), (128, 256, "cuda", 1), (128, 256, "mps", 2), (120, 256, "mps", 2)])
+def test_a_part_holds_at_most_2048_tokens_on_a_cpu_and_16384_on_mps_if_that_can_be(windows, block_size, device, parts):
     assert v10.default_grad_accum(windows, block_size, torch.device(device)) == parts
+
+
+@pytest.mark.parametrize(("has_gpus", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "cpu:gloo")])
+def test_processes_talk_through_gloo_and_only_gradients_on_gpus_go_through_nccl(monkeypatch, has_gpus, backends):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
+    monkeypatch.setattr(v10.dist, "init_process_group", asked.append)
+    v10.join_processes()
+    assert asked == [backends]
+
+
+@pytest.mark.parametrize(("asked", "gpus", "has_mps", "gives"), [
+    ("auto", 2, False, "cuda"), ("auto", 0, True, "cpu"), ("auto", 1, False, "2 processes on a machine with 1 GPUs"),
+    ("cpu", 1, True, "cpu"), ("mps", 0, True, "--device mps is not available on this machine to several processes")])
+def test_two_processes_take_a_gpu_each_or_the_cpu_and_never_mps(monkeypatch, asked, gpus, has_mps, gives):
+    taken = []
+    for name, value in (("is_available", gpus > 0), ("device_count", gpus)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    monkeypatch.setattr(v10, "process_count", lambda: 2)
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    if " " in gives:
+        with pytest.raises(v10.UserError, match=gives):
+            v10.pick_device(asked)
+    else:
+        assert v10.pick_device(asked).type == gives
+    assert taken == ([1] if gives == "cuda" else [])

@@ -2,8 +2,9 @@
 
     python3 docs/scale.py        into scale.md, beside this file
 
-What autograd keeps for the backward pass is counted: one block of each size, as wide as it is, runs a sequence on the
-CPU with PyTorch's fused attention in bfloat16, and the bytes that it saves are added up.
+What autograd keeps for the backward pass is counted: one block of each size, as wide as it is, runs a sequence with
+PyTorch's fused attention in bfloat16, and the bytes that it saves are added up. Its tensors are fake ones, which have
+shapes and no numbers.
 """
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -46,7 +48,7 @@ def saved_bytes(run):
 
     def pack(tensor):
         if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that its place is not taken again
+            storages[tensor.untyped_storage()._cdata] = tensor  # kept, so that its place is not taken again
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
@@ -60,13 +62,10 @@ def linear_of(rank):
 def of_a_sequence(sizes, rank, dropout=0.1):
     """(bytes that autograd keeps of a sequence in all blocks, bytes of the weights in bfloat16 that it keeps once)"""
     config = v10.GPTConfig(**sizes, d_ff=4 * sizes["d_model"], dropout=dropout)
-    block = v10.Block(config, linear_of(rank))
-    kept = []
-    for sequences in (1, 2):
-        x = torch.zeros(sequences, config.block_size, config.d_model, requires_grad=True)
-        with mock.patch.object(v10, "attention", fused), torch.autocast("cpu", torch.bfloat16):
-            kept.append(saved_bytes(lambda x=x: block(x)))
-    one, two = kept
+    with FakeTensorMode(), mock.patch.object(v10, "attention", fused), torch.autocast("cpu", torch.bfloat16):
+        block = v10.Block(config, linear_of(rank))
+        sequences = [torch.zeros(n, config.block_size, config.d_model, requires_grad=True) for n in (1, 2)]
+        one, two = (saved_bytes(lambda x=x: block(x)) for x in sequences)
     return config.n_layers * (two - one), config.n_layers * (2 * one - two)
 
 

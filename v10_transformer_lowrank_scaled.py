@@ -1398,8 +1398,10 @@ def parallel(model):
     """The model with its gradients averaged over the processes. DistributedDataParallel notes the parameters' shapes
     when it is made: it has to be dropped before a rank changes (else the next step fails), and made again after (else
     gradients are no longer averaged, silently)."""
+    if process_count() == 1:
+        return model
     gc.collect()  # frees the hooks of a dropped one
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if process_count() > 1 else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def leave(code: int) -> None:

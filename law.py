@@ -132,6 +132,8 @@ def parametric(log_N, log_D, log_losses, rounds=300):
         H = J.mT @ J
         H += damping[:, None, None] * (H * np.eye(4) + 1e-12 * np.eye(4))
         step = np.linalg.solve(H, J.mT @ (y - total)[..., None])[..., 0]
+        if np.abs(step).max() < 1e-9:
+            break
         trial = theta + step
         of_trial = ((terms(trial)[2] - y) ** 2).sum(1)
         better = of_trial <= error

@@ -173,11 +173,12 @@ def test_another_precision_or_text_in_the_folder_is_refused(study):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder of all runs of one arm at two small budgets, made by their own commands, in forks of one process: twelve
-    imports of torch take most of the time."""
+    """A folder of all runs of one arm at two small budgets, made by their own commands, in forks of one process: else
+    imports of torch, and of what the first optimizer loads, would take most of the time."""
     out = tmp_path_factory.mktemp("scaling")
     script = f"""
 import os, sys
+import torch._dynamo
 sys.path.insert(0, {str(ROOT)!r})
 import scaling, v10_transformer_lowrank_scaled as v10, v11_transformer_lowrank_spectron as v11
 

@@ -300,12 +300,13 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
     assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys):
-    readme = (ROOT / "README.md").read_bytes()
+def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys, monkeypatch):
+    readme, painted = (ROOT / "README.md").read_bytes(), []
+    monkeypatch.setattr(plot_logs, "save", lambda figure, path: painted.append(path))
     assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
     tables, figures = results.available(results.Study(REFERENCE))
     assert (tmp_path / "tables.md").read_text().count("\n## ") == len(tables) - 1
-    assert all((tmp_path / "figures" / f"{name}.pdf").stat().st_size > 5000 for name in figures)
+    assert painted == [tmp_path / "figures" / name for name in figures]
     assert (ROOT / "README.md").read_bytes() == readme
 
 
@@ -336,6 +337,8 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("README.md", "RESULTS.md"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    for name in results.available(results.Study(REFERENCE))[1]:
+        assert (tmp_path / "logs" / "reference" / "study" / "figures" / f"{name}.pdf").stat().st_size > 5000
     assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
     assert "the pages here show logs/reference/study: --out names a folder" in capsys.readouterr().err
 

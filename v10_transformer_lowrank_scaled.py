@@ -963,9 +963,10 @@ def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
     for hook in hooks:
         hook.remove()
     total, count = sum(gather(squares.cpu())).T
-    return {"update_norms": [product_singular_values(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))[0].item()
-                             for (U, V), (U_0, V_0) in zip(after, before, strict=True)],
-            "weight_norms": [product_singular_values(U, V)[0].item() for U, V in after],
+    changes = [(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))
+               for (U, V), (U_0, V_0) in zip(after, before, strict=True)]
+    return {"update_norms": [S[0].item() for S in for_each(product_singular_values, changes)],
+            "weight_norms": [S[0].item() for S in for_each(product_singular_values, after)],
             "output_changes": (total / count).sqrt().tolist()}
 
 

@@ -117,10 +117,11 @@ class Muon(torch.optim.Optimizer):
             for W in matrices:
                 if "momentum_buffer" not in self.state[W]:
                     self.state[W]["momentum_buffer"] = torch.zeros_like(W)
-            gradients = [torch.where(bad > 0, 0, W.grad) for W in matrices]
+            is_bad, zero, share = bad > 0, bad.new_zeros(()), (1 - momentum) * (1 - bad)
+            gradients = [torch.where(is_bad, zero, W.grad) for W in matrices]
             buffers = [self.state[W]["momentum_buffer"] for W in matrices]
             for buffer, gradient in zip(buffers, gradients, strict=True):
-                buffer.lerp_(gradient, (1 - momentum) * (1 - bad))
+                buffer.lerp_(gradient, share)
             directions = orthogonalise([gradient.lerp(buffer, momentum) for gradient, buffer in zip(
                 gradients, buffers, strict=True)] if group["nesterov"] else buffers, self.dtype)
             scales = self.scales(matrices)

@@ -78,7 +78,7 @@ def factor_rank_update(factors, rank, generator):
     """What v10 does: the report's estimate, the exact value and the resize, these two from one SVD of the factors."""
     return [(v10.stable_rank(U, V, 5, generator), v10.stable_rank_of(svd[1]),
              *v10.resize_factors(U, V, rank, generator, svd))
-            for (U, V), svd in zip(factors, v10.for_each(v10.product_svd, factors), strict=True)]
+            for (U, V), svd in zip(factors, v10.on_threads(v10.product_svd, factors), strict=True)]
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def make_step(kind, args):
     linear = v10.DenseLinear if kind == "v7" else low_rank(int(kind.split("@")[1]) if "@" in kind else args.rank)
     config = v10.GPTConfig(args.words, args.d_model, args.n_layers, args.n_heads, 4 * args.d_model, args.block_size)
     parts = v10.default_grad_accum(args.batch_size // v10.process_count(), args.block_size, device)
-    model = (LiteralGPT if kind == "literal" else v10.GPT)(config, linear).to(device)
+    model = v10.place((LiteralGPT if kind == "literal" else v10.GPT)(config, linear), device)
     model.low_precision = args.dtype == "bfloat16"
     if kind == "literal":
         parts = 1

@@ -494,7 +494,7 @@ def stepper(corpus, device, variant, args, ranks=None):
     """-> (a function that takes a step of training as these flags ask and gives its seconds, the model)."""
     left = iter(ranks) if ranks else itertools.repeat(getattr(args, "init_rank", None))
     config = v10.GPTConfig.of_flags(args, len(corpus.vocabulary))
-    model = v10.GPT(config, lambda n, m: variant.linear(n, m, next(left))).to(device)
+    model = v10.place(v10.GPT(config, lambda n, m: variant.linear(n, m, next(left))), device)
     dtype = v10.choose_dtype(device, args.d_model)[0] if args.dtype == "auto" else args.dtype
     model.low_precision = dtype == "bfloat16"
     optimizers, generator = variant.make_optimizers(model, args), torch.Generator().manual_seed(0)

@@ -105,13 +105,13 @@ def product_svd(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Q_u @ P, S, Qt @ Q_v.mT
 
 
-def for_each(function, factors: list) -> list:
-    """[function(U, V) for each pair], several at a time on one thread each: within a decomposition of thin matrices
+def on_threads(function, pairs: list) -> list:
+    """[function(a, b) for each pair], several at a time on one thread each: within a decomposition of small matrices
     threads mostly wait for each other. Each has to be told so itself: else its results vary in the last bits."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, *zip(*factors, strict=True)))
+            return list(pool.map(function, *zip(*pairs, strict=True)))
     finally:
         torch.set_num_threads(threads)
 
@@ -193,7 +193,7 @@ class LowRankLinearAdaptiveSpectral(nn.Module):
 
     def set_factors(self, U, V):
         """Replace both factors. The Parameters stay the same objects, so no optimizer group has to change."""
-        U = U.contiguous() if self.U.device.type == "mps" else by_columns(U)  # Metal: see build_run
+        U = U.contiguous() if self.U.device.type == "mps" else by_columns(U)  # see place()
         for parameter, value in ((self.U, U), (self.V, V.contiguous())):
             parameter.data = value.to(parameter.device)
             parameter.grad = None
@@ -440,13 +440,13 @@ def leak_check(model: GPT) -> dict:
     for row, t in enumerate(last_kept, start=1):
         tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
     change = largest = 0.0
-    tile = max(1, LOGITS_BYTES // (16 * n_words))  # positions: with a large vocabulary not all logits fit at once
-    with evaluation_mode(model):  # each text alone: in a batch, products might round the same row differently
-        xs = [model.features(row.expand(2, T))[0] for row in tokens.remainder(n_words).to(device)]  # (T, C) each
+    tile = max(1, LOGITS_BYTES // (32 * n_words))  # positions: with a large vocabulary not all logits fit at once
+    with evaluation_mode(model):  # a batch for each text, twice in it: beside others it might be rounded differently
+        xs = [model.features(row.expand(2, T)) for row in tokens.remainder(n_words).to(device)]  # (2, T, C) each
         for i in range(0, T, tile):
-            original, *changed = [model.logits(x[i:i + tile]) for x in xs]  # (tile, V) each
+            original, *changed = [model.logits(x[:, i:i + tile]) for x in xs]  # (2, tile, V) each
             largest = max(largest, original.abs().max().item())
-            change = max([change, *((logits - original)[:t + 1 - i].abs().max().item()
+            change = max([change, *((logits - original)[:, :t + 1 - i].abs().max().item()
                                     for logits, t in zip(changed, last_kept, strict=True) if i <= t)])
     change /= largest
     return {"leaks": change > (1e-3 if model.low_precision else 1e-5), "max_change": change}
@@ -540,8 +540,8 @@ def finite_factors(layers) -> list:
 def plan_ranks(layers, controllers, ema, power_iterations, generator):
     """update_ranks without its effects -> (what the log keeps, {index of a layer: what resize_factors gives})."""
     factors = finite_factors(layers)
-    svds = for_each(product_svd, factors) if controllers else []  # once, for the exact stable rank and for the resize
-    exact = [stable_rank_of(S) for _, S, _ in svds] or for_each(stable_rank, factors)
+    svds = on_threads(product_svd, factors) if controllers else []  # for the exact stable ranks and the resizes
+    exact = [stable_rank_of(S) for _, S, _ in svds] or on_threads(stable_rank, factors)
     measured = [stable_rank(U, V, power_iterations, generator) for U, V in factors] if power_iterations else exact
     update = NO_UPDATE | {"stable_ranks": measured, "stable_ranks_exact": exact}
     if not controllers:
@@ -812,7 +812,7 @@ def next_batch(tokens: Tensor | TokenFile, step: int, batch_size: int, block_siz
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
-REDUCTION = 2**14  # no product sums over more words or tokens: from 32,767 on, Metal's may be wrong (pytorch#193487)
+REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -963,10 +963,12 @@ def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
     for hook in hooks:
         hook.remove()
     total, count = sum(gather(squares.cpu())).T
-    changes = [(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))
-               for (U, V), (U_0, V_0) in zip(after, before, strict=True)]
-    return {"update_norms": [S[0].item() for S in for_each(product_singular_values, changes)],
-            "weight_norms": [S[0].item() for S in for_each(product_singular_values, after)],
+    def change_norm(now, then):
+        (U, V), (U_0, V_0) = now, then
+        return product_singular_values(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))[0].item()
+
+    return {"update_norms": on_threads(change_norm, [*zip(after, before, strict=True)]),
+            "weight_norms": [S[0].item() for S in on_threads(product_singular_values, after)],
             "output_changes": (total / count).sqrt().tolist()}
 
 
@@ -1118,7 +1120,7 @@ def build_run(request):
         if request.initial_ranks and request.initial_ranks != model.ranks():
             raise UserError(f"{args.ranks_from} does not end with the ranks of {len(model.ranks())} layers: "
                             "--ranks-from needs the log of a factored model with as many --n-layers")
-    model.to(request.device).low_precision = request.settings["dtype"] == "bfloat16"
+    place(model, request.device).low_precision = request.settings["dtype"] == "bfloat16"
     if args.compile:
         compile_blocks(model)
     optimizers = variant.make_optimizers(model, args)
@@ -1139,14 +1141,13 @@ def build_run(request):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
                 group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # as on this device
             optimizer.load_state_dict(saved)
+            for parameter, state in optimizer.state.items():  # as their parameter lies here: see transport_moments
+                state |= {name: torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+                          for name, value in state.items() if getattr(value, "shape", None) == parameter.shape}
         for name, generator in generators.items():
             generator.set_state(checkpoint["generators"][name])
         if not run.moved:
             dropout_rng(run.device).set_rng_state(checkpoint["dropout_states"][process_index()])
-    if run.device.type == "mps":  # what Metal does in place has been wrong where a tensor does not lie row by row
-        states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-        for tensor in [*model.parameters(), *filter(torch.is_tensor, states)]:
-            tensor.data = tensor.contiguous()
     return run
 
 
@@ -1435,18 +1436,28 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(name for name in available if available[name])
     if not available[name]:
-        raise UserError(f"--device {name} is not available on this machine"
-                        f"{' to several processes' if process_count() > 1 else ''}: try --device auto")
+        where = "to several processes" if name == "mps" and process_count() > 1 else "on this machine"
+        raise UserError(f"--device {name} is not available {where}: try --device auto")
     if name == "cuda":  # each process of a machine takes a GPU
-        here, index = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
-        if here > torch.cuda.device_count():
-            raise UserError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: start one per GPU, "
-                            "or try --device cpu")
+        gpus, here, index = torch.cuda.device_count(), *(
+            int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+        if here > gpus:
+            raise UserError(f"{here} processes on a machine with fewer GPUs ({gpus}): start one per GPU, or try "
+                            "--device cpu")
         torch.cuda.set_device(index if process_count() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, moved to a device to be trained there. On MPS each parameter then lies row by row: what Metal does in
+    place to others has been wrong."""
+    model.to(device)
+    for parameter in model.parameters() if device.type == "mps" else ():
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 def choose_dtype(device: torch.device, d_model: int) -> tuple[str, str]:
@@ -1481,8 +1492,8 @@ def bfloat16_speedup() -> float:
 
 def default_grad_accum(windows: int, block_size: int, device: torch.device) -> int:
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
-    to its caches (faster, and half the memory); on MPS as many as a product may sum over; on CUDA all at once."""
-    most = {"cpu": 2048, "mps": REDUCTION}.get(device.type, math.inf)
+    to its caches (faster, and half the memory); on MPS as many as a product sums right (see REDUCTION); on CUDA all."""
+    most = {"cpu": 2048, "mps": 2 * REDUCTION - 2}.get(device.type, math.inf)
     parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= most]
     return min(parts, default=windows)
 
@@ -2300,9 +2311,10 @@ def run_command(argv, variant):
 
 
 def report_failure(prog, message, everywhere):
-    """Print one line, by process 0 or, if it happened `everywhere` on its own, by each."""
+    """Print one line, by the first process of each machine or, if it happened `everywhere` on its own, by each."""
     handle_signals(ignore)  # torchrun ends all processes once one has ended
-    if process_index() > 0 and not everywhere:  # all come to the same error of the user's, and end with process 0
+    first = process_index() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    if not first and not everywhere:  # all come to the same error of the user's, and end with this one
         time.sleep(1)
         return
     message = message if len(message) <= 1000 else message[:500] + " ... " + message[-400:]

@@ -143,7 +143,7 @@ def test_svds_on_several_threads_are_those_on_one_bit_for_bit_each_time():
     torch.set_num_threads(2)
     try:
         for _ in range(20):
-            found = v10.for_each(v10.product_svd, [(U.clone(), V.clone()) for U, V in factors])
+            found = v10.on_threads(v10.product_svd, [(U.clone(), V.clone()) for U, V in factors])
             assert all(a.equal(b) for one, other in zip(expected, found, strict=True)
                        for a, b in zip(one, other, strict=True))
         assert torch.get_num_threads() == 2

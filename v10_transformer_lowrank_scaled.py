@@ -441,7 +441,7 @@ def leak_check(model: GPT) -> dict:
         tokens[row, t + 1:] += torch.randint(1, n_words, (T - 1 - t,), generator=generator)
     change = largest = 0.0
     tile = max(1, LOGITS_BYTES // (32 * n_words))  # positions: with a large vocabulary not all logits fit at once
-    with evaluation_mode(model):  # a batch for each text, twice in it: beside others it might be rounded differently
+    with evaluation_mode(model):  # each text in a batch of its own, twice: beside others it might round differently
         xs = [model.features(row.expand(2, T)) for row in tokens.remainder(n_words).to(device)]  # (2, T, C) each
         for i in range(0, T, tile):
             original, *changed = [model.logits(x[:, i:i + tile]) for x in xs]  # (2, tile, V) each
@@ -1492,7 +1492,7 @@ def bfloat16_speedup() -> float:
 
 def default_grad_accum(windows: int, block_size: int, device: torch.device) -> int:
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
-    to its caches (faster, and half the memory); on MPS as many as a product sums right (see REDUCTION); on CUDA all."""
+    to its caches (faster, and half the memory); on MPS what a product sums correctly (see REDUCTION); on CUDA all."""
     most = {"cpu": 2048, "mps": 2 * REDUCTION - 2}.get(device.type, math.inf)
     parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= most]
     return min(parts, default=windows)

@@ -112,8 +112,7 @@ def make_step(kind, args):
 
     def step():
         batch = v10.sample_batch(tokens, args.batch_size, args.block_size, generator)
-        share = (whole.chunk(v10.process_count())[v10.process_index()] for whole in batch)
-        loss = v10.train_step(trained, optimizers, *share, grad_accum=parts)
+        loss = v10.train_step(trained, optimizers, *v10.own_share(batch, device), grad_accum=parts)
         v10.now(device)  # waits for it
         return loss
     return step

@@ -482,6 +482,12 @@ def learning_rate(step, rate, args):
     return rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def lying_as(parameter, moment):
+    """A moment on its parameter's device, in memory as the parameter lies: fused AdamW asks for that, and would mix
+    them up without a word."""
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
+
+
 def transport_moments(optimizer, layer, A, B, carried):
     """Carry an optimizer's moments to the factors that a layer has been given; A, B and carried are resize_factors'.
 
@@ -489,7 +495,6 @@ def transport_moments(optimizer, layer, A, B, carried):
     so m_U' = m_U B^T and m_V' = A^T m_V are exact first moments for the same history of G. Second moments have no exact
     rule; mapping them by the squared entries of A and B is a heuristic. A new direction gets first moment zero and the
     mean second moment of the others: under an old step count, zeros would make Adam's first steps several times lr.
-    Fused AdamW asks that moments lie in memory as their parameter does, and would mix them up without a word.
     """
     for parameter, carry, dim in ((layer.U, lambda moment, power: moment @ B.pow(power).mT, 1),
                                   (layer.V, lambda moment, power: A.pow(power).mT @ moment, 0)):
@@ -500,7 +505,7 @@ def transport_moments(optimizer, layer, A, B, carried):
             if power == 2:
                 known = moment.narrow(dim, 0, carried) if carried else old
                 moment.narrow(dim, carried, moment.shape[dim] - carried).copy_(known.mean(dim, keepdim=True))
-            state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
+            state[name] = lying_as(parameter, moment)
 
 
 NO_UPDATE = {"stable_ranks": [], "stable_ranks_exact": [], "targets": [], "ema": [], "reasons": []}
@@ -963,6 +968,7 @@ def telemetry(model: GPT, before: list, x: Tensor, parts: int) -> dict:
     for hook in hooks:
         hook.remove()
     total, count = sum(gather(squares.cpu())).T
+
     def change_norm(now, then):
         (U, V), (U_0, V_0) = now, then
         return product_singular_values(torch.cat([U - U_0, U_0], 1), torch.cat([V, V - V_0]))[0].item()
@@ -1141,9 +1147,9 @@ def build_run(request):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
                 group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # as on this device
             optimizer.load_state_dict(saved)
-            for parameter, state in optimizer.state.items():  # as their parameter lies here: see transport_moments
-                state |= {name: torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-                          for name, value in state.items() if getattr(value, "shape", None) == parameter.shape}
+            for parameter, state in optimizer.state.items():  # saved on another device, a moment may lie otherwise
+                state |= {name: lying_as(parameter, value) for name, value in state.items()
+                          if getattr(value, "shape", None) == parameter.shape}
         for name, generator in generators.items():
             generator.set_state(checkpoint["generators"][name])
         if not run.moved:
@@ -1232,8 +1238,7 @@ def train(run):
                 group["lr"] = learning_rate(step - 1, group["initial_lr"], args)
             batch = (next_batch(train_tokens, step, args.batch_size, args.block_size) if args.one_pass else
                      sample_batch(train_tokens, args.batch_size, args.block_size, run.generators["batch"]))
-            x, y = (whole.chunk(process_count())[process_index()]  # each takes its share
-                    .to(device, non_blocking=device.type == "cuda") for whole in batch)
+            x, y = own_share(batch, device)
             run.variant.before_step(run, step)
             if args.telemetry and ends:
                 state.part.time_sec += watch.lap()
@@ -1374,6 +1379,12 @@ def join_processes():
     gather("connected")  # before that, the end of one would look like a crash to the others
 
 
+def own_share(batch, device) -> list:
+    """The part of each tensor of a batch that this process takes, on its device."""
+    return [whole.chunk(process_count())[process_index()].to(device, non_blocking=device.type == "cuda")
+            for whole in batch]
+
+
 def gather(value) -> list:
     """[value in process 0, value in process 1, ...], in every process."""
     values = [value] * process_count()
@@ -1439,8 +1450,8 @@ def pick_device(name: str) -> torch.device:
         where = "to several processes" if name == "mps" and process_count() > 1 else "on this machine"
         raise UserError(f"--device {name} is not available {where}: try --device auto")
     if name == "cuda":  # each process of a machine takes a GPU
-        gpus, here, index = torch.cuda.device_count(), *(
-            int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+        gpus = torch.cuda.device_count()
+        here, index = (int(os.environ.get(variable, 0)) for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
         if here > gpus:
             raise UserError(f"{here} processes on a machine with fewer GPUs ({gpus}): start one per GPU, or try "
                             "--device cpu")

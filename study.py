@@ -104,7 +104,12 @@ CHANGING = {  # arms whose ranks change
     "v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}",
     "v11_tenth": f"{TENTH} --init-rank 64",
     "v11_quarter": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.25 --init-rank {{wide}}"}
-TUNED = ARMS | CHANGING
+# Dense models as small as v11's tenth: of as many parameters in the linear layers, or, with a tied head, in all. At
+# widths like these bfloat16 gains no time.
+NARROW = {f"narrow{width}_{optimizer}{tied and '_tied'}":
+          f"v7 {STEPS} --dtype float32 --d-model {width} --d-ff {4 * width} --optimizer {optimizer} {tied}".strip()
+          for width, tied in ((80, ""), (136, "--tie-embeddings")) for optimizer in ("adamw", "muon")}
+TUNED = ARMS | CHANGING | NARROW
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07)}
 
@@ -136,7 +141,7 @@ CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # next to no decay
 CUT = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
 BUDGETED = {
-    **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},
+    **{arm: f"{command} {{{arm}.3}}" for arm, command in (CHANGING | NARROW).items()},
     "tenth_wide": f"{CUT} --init-rank {{wide}}", "tenth_once": f"{CUT} --cuts 1",
     "tenth_plain": f"{CUT} --cut-metric plain",
     **{f"tenth_{signal}": f"{CUT} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
@@ -316,7 +321,7 @@ class Study:
                 raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
         for run in (run for run in [*self.runs, *self.later] if "{size}" in COMMANDS[run.name]):
             for record in self.records(run.stem, "run"):
-                for name in ("d_model", "n_layers", "d_ff", "block_size", "batch_size", "steps_per_epoch"):
+                for name in ("n_layers", "block_size", "batch_size", "steps_per_epoch"):
                     if record.get(name) != getattr(self.defaults, name):
                         raise v10.UserError(f"{self.log(run.stem)} is of another size: choose another --out")
         path = self.out / "words.tokens"

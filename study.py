@@ -104,11 +104,14 @@ CHANGING = {  # arms whose ranks change
     "v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}",
     "v11_tenth": f"{TENTH} --init-rank 64",
     "v11_quarter": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.25 --init-rank {{wide}}"}
-# Dense models as small as v11's tenth: of as many parameters in the linear layers, or, with a tied head, in all. At
-# widths like these bfloat16 gains no time.
+# Models as small as v11's tenth. Dense ones: at width 80 as many parameters in the linear layers, at 136 with a tied head in
+# all; and v11 at a width between, with as many in all. At widths like these bfloat16 gains no time.
 NARROW = {f"narrow{width}_{optimizer}{tied and '_tied'}":
           f"v7 {STEPS} --dtype float32 --d-model {width} --d-ff {4 * width} --optimizer {optimizer} {tied}".strip()
-          for width, tied in ((80, ""), (136, "--tie-embeddings")) for optimizer in ("adamw", "muon")}
+          for width, tied in ((80, ""), (80, "--tie-embeddings"), (136, "--tie-embeddings"))
+          for optimizer in ("adamw", "muon")}
+NARROW["narrow192_spectron"] = (f"v11 {STEPS} --dtype float32 --d-model 192 --d-ff 768 --factor-decay 0 "
+                                "--rank-budget 0.35 --init-rank 96")
 TUNED = ARMS | CHANGING | NARROW
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07)}

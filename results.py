@@ -38,6 +38,10 @@ BUDGETED = {"dense_adamw": "dense, AdamW", "dense_adamw_tied": "dense, AdamW, ti
             "tenth_wide": "v11, 128 to a tenth", "v11_tenth": "v11, 64 to a tenth",
             "rank16_spectron": "rank 16, Spectron", "v10_transport": "v10, with transport",
             "v10_report": "v10, as in the report"}
+NARROW = {"narrow136_muon_tied": "dense, 136 wide, Muon, tied", "narrow136_adamw_tied": "dense, 136 wide, AdamW, tied",
+          "narrow192_spectron": "v11, 192 wide, 96 to 35%", "narrow80_muon": "dense, 80 wide, Muon",
+          "narrow80_muon_tied": "dense, 80 wide, Muon, tied", "narrow80_adamw": "dense, 80 wide, AdamW",
+          "narrow80_adamw_tied": "dense, 80 wide, AdamW, tied"}  # the others are 256 wide
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
@@ -321,43 +325,67 @@ def epochs(run):
 def tries(study):
     """What each arm of v11's comparison was tuned on: seed 0."""
     rows = []
-    for arm in [*ARMS, *(arm for arm in BUDGETED if arm not in ARMS and f"try_{arm}_dropout" in study.groups)]:
+    later = [arm for arm in [*BUDGETED, *NARROW] if arm not in ARMS and f"try_{arm}_dropout" in study.groups]
+    for arm in [*ARMS, *later]:
         losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
         tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
-        label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else BUDGETED[arm]
+        label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else (BUDGETED | NARROW)[arm]
         rows.append([label, *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
     return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
+
+
+def sizes(study, name):
+    """In millions: the parameters in the linear layers, and all."""
+    return study.cell(name, linear_parameters, ".2f"), study.cell(name, parameters, ".2f")
+
+
+def beside(study, name, other):
+    """The last loss of `name` above that of `other`, seed by seed, with its 95% interval."""
+    if name == other:
+        return DASH
+    paired = study.differences(name, other, last_loss)
+    low, high = interval(paired) if len(paired) > 1 else (0, 0)
+    return f"{fmean(paired):+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def work(study, name):
+    """The multiplications of a whole run, over those of the dense model with AdamW."""
+    return Cell(study.mean(name, multiplications) / study.mean("dense_adamw", multiplications), ".2f")
 
 
 def budgeted(study):
     """v11 at its budgets, beside what it competes with."""
     dense = {optimizer: min((f"dense_{optimizer}", f"dense_{optimizer}_tied"),
                             key=lambda name: study.mean(name, last_loss)) for optimizer in ("adamw", "muon")}
-    flop, rows = study.mean("dense_adamw", multiplications), []
-    for name, label in BUDGETED.items():
-        differences = []
-        for other in dense.values():
-            paired = study.differences(name, other, last_loss)
-            low, high = interval(paired) if len(paired) > 1 else (0, 0)
-            differences.append(f"{fmean(paired):+.3f} ({low:+.3f} to {high:+.3f})" if name != other else DASH)
-        cost = study.costs["over_dense"].get(name)
-        rows.append([label, study.cell(name, linear_parameters, ".2f"), study.cell(name, parameters, ".2f"),
-                     plus_minus(study.values(name, last_loss), ".3f"),
-                     Cell(fmean(study.values(name, lambda run: perplexity(last_loss(run)))), ",.0f"), *differences,
-                     Cell(study.mean(name, multiplications) / flop, ".2f"), Cell(cost, ".2f")])
+    rows = [[label, *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+             Cell(fmean(study.values(name, lambda run: perplexity(last_loss(run)))), ",.0f"),
+             *(beside(study, name, other) for other in dense.values()), work(study, name),
+             Cell(study.costs["over_dense"].get(name), ".2f")] for name, label in BUDGETED.items()]
     return Table("budget", "", [
         f"n = {len(study.groups['v11_tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         "perplexity", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in dense.values()),
         "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
 
 
+def narrow(study):
+    """Narrower models beside v11."""
+    rows = [[label, *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+             *(beside(study, name, other) for other in ("tenth_wide", "v11_quarter")), work(study, name)]
+            for name, label in (BUDGETED | NARROW).items()
+            if name in NARROW or name in ("dense_muon", "dense_adamw", "v11_quarter", "tenth_wide", "v11_tenth")]
+    return Table("narrow", "", [
+        f"n = {len(study.groups['narrow80_muon'].runs)}", "M parameters in the linear layers", "in all",
+        "last val loss", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in ("tenth_wide", "v11_quarter")),
+        "multiplications in all (dense, AdamW: 1)"], rows)
+
+
 def headline(study):
     """README's: v11 and what it competes with, in short."""
-    names = ("dense_muon", "dense_adamw", "v11_quarter", "tenth_wide", "v11_tenth", "v10_transport", "v10_report")
-    return Table("headline", "", ["", "M parameters in the linear layers", "last val loss", f"{DASH} dense, AdamW"], [
-        [BUDGETED[name], study.cell(name, linear_parameters, ".2f"), plus_minus(study.values(name, last_loss), ".3f"),
-         plus_minus(study.differences(name, "dense_adamw", last_loss)) if name != "dense_adamw" else DASH]
-        for name in names])
+    names = ("dense_muon", "narrow136_muon_tied", "narrow192_spectron", "v11_quarter", "tenth_wide", "dense_adamw",
+             "narrow80_muon_tied", "v10_transport", "v10_report")
+    return Table("headline", "", ["", "M parameters in linear layers", "in all", "last val loss"], [
+        [(BUDGETED | NARROW)[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
+         plus_minus(study.values(name, last_loss), ".3f")] for name in names])
 
 
 def brought(study):
@@ -497,7 +525,7 @@ TABLES = {"leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
-TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "brought": brought}
+TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "narrow": narrow, "brought": brought}
 TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
                          "spectra": spectra}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
@@ -507,7 +535,7 @@ ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dic
 NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
 NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
-NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
+NEEDED_FOR_CUTS = {*BUDGETED, *NARROW, *(name for _, *pair in BROUGHT for name in pair)}
 
 
 def filled(page, tables):
@@ -630,39 +658,62 @@ def telemetry_figure(study):
     return plot_logs.telemetry_figure(groups)
 
 
-APART = {"quarter_narrow": ((0, 18), "center"), "v11_quarter": ((0, -18), "center"), "v11_tenth": ((8, 4), "left"),
-         "tenth_wide": ((8, -4), "left")}  # labels that would meet
+LEFT, RIGHT = ((-8, 0), "right"), ((8, 0), "left")  # places of labels: offset in points, alignment
 
 
-def draw_arms(study, labels, title):
-    """The last validation loss of each arm, {name: label}, against the parameters in its linear layers."""
-    figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
+def draw_arms(axes, study, labels, size=linear_parameters, places=None):
+    """The last validation loss of each arm, {name: label}, against its size. `places`: {name: that of a label that
+    would meet another}."""
     for name, label in labels.items():
-        losses, at = study.values(name, last_loss), study.mean(name, linear_parameters)
-        color, left = plot_logs.COLORS[study.groups[name].first.family], at > 2
+        losses, at = study.values(name, last_loss), study.mean(name, size)
+        color = plot_logs.COLORS[study.groups[name].first.family]
         axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
-        place, side = APART.get(name, ((-8 if left else 8, 0), "right" if left else "left"))
+        place, side = (places or {}).get(name, LEFT if at > 2 else RIGHT)
         axes.annotate(label, (at, fmean(losses)), place, textcoords="offset points", va="center", ha=side, color=color)
-    axes.set(xscale="log", xlabel="million parameters in the linear layers",
-             ylabel="last validation loss (nats per token)", title=title)
+    axes.set(xscale="log", xlabel="million parameters, embedding and head included" if size is parameters else
+             "million parameters in the linear layers")
     plot_logs.plain_ticks(axes.xaxis, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
-    axes.annotate("mean of the seeds, and two standard errors", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
-                  textcoords="offset points", ha="right", va="top", fontsize=8, color="#444444")
-    return figure
+
+
+def explain_arms(figure):
+    """What the axis of losses and the bars are."""
+    figure.axes[0].set_ylabel("last validation loss (nats per token)")
+    figure.axes[-1].annotate(
+        "mean of the seeds, and two standard errors", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
+        textcoords="offset points", ha="right", va="top", fontsize=8, color="#444444")
 
 
 def steps_figure(study):
     """How the linear layers are stepped, with a tied head."""
-    return draw_arms(study, {tied(name): label for name, label in STEPS.items() if not name.endswith("_equal_flop")},
-                     "Rank 64 with Spectron beats the dense model with AdamW, not the one with Muon"
-                     if study.is_reference else "How the linear layers are stepped")
+    figure, axes = plot_logs.plt.subplots(figsize=(7, 4.2), layout="constrained")
+    draw_arms(axes, study, {tied(name): label for name, label in STEPS.items() if not name.endswith("_equal_flop")})
+    explain_arms(figure)
+    axes.set_title("Rank 64 with Spectron beats the dense model with AdamW, not the one with Muon"
+                   if study.is_reference else "How the linear layers are stepped")
+    return figure
 
 
 def budget_figure(study):
-    """v11 and what it competes with."""
-    finding = ("At a tenth of its linear parameters v11 keeps up with the\n"
-               "dense model with AdamW, not with the one with Muon")
-    return draw_arms(study, BUDGETED, finding if study.is_reference else "Validation loss against parameters")
+    """v11 and what it competes with, by their linear layers and by all parameters."""
+    names = ("dense_adamw", "dense_muon", "v11_quarter", "tenth_wide", "v11_tenth", "v10_transport", "v10_report",
+             "narrow136_muon_tied", "narrow136_adamw_tied", "narrow192_spectron", "narrow80_muon_tied",
+             "narrow80_adamw_tied")
+    labels = {name: (BUDGETED | NARROW)[name] for name in names}
+    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    draw_arms(linear, study, labels, linear_parameters, {
+        "v11_tenth": ((8, 9), "left"), "tenth_wide": ((8, -8), "left"), "v11_quarter": ((8, 4), "left"),
+        "narrow80_muon_tied": ((8, -2), "left"),
+        "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left")})
+    draw_arms(of_all, study, labels, parameters, {
+        "narrow80_muon_tied": ((-5, -14), "left"), "v11_tenth": ((8, 1), "left"), "tenth_wide": ((8, -3), "left"),
+        "v11_quarter": ((8, 3), "left"),
+        "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"), "narrow136_adamw_tied": ((8, 4), "left")})
+    of_all.set_xlim(left=0.6)
+    finding = ("At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
+               "By all parameters, a narrower dense model with Muon is as good as the best v11")
+    explain_arms(figure)
+    figure.suptitle(finding if study.is_reference else "Validation loss against parameters")
+    return figure
 
 
 def compressed_figure(study):

@@ -104,8 +104,8 @@ CHANGING = {  # arms whose ranks change
     "v10_report": f"v10 {STEPS}", "v10_transport": f"v10 {STEPS} {TRANSPORT}",
     "v11_tenth": f"{TENTH} --init-rank 64",
     "v11_quarter": f"v11 {STEPS} --factor-decay 0 --rank-budget 0.25 --init-rank {{wide}}"}
-# Models as small as v11's tenth. Dense ones: at width 80 as many parameters in the linear layers, at 136 with a tied head in
-# all; and v11 at a width between, with as many in all. At widths like these bfloat16 gains no time.
+# Models as small as v11's tenth at the small size. Dense ones of width 80 have as many parameters in the linear layers,
+# those of width 136, with a tied head, in all; so has v11 at a width between. bfloat16 would gain them no time.
 NARROW = {f"narrow{width}_{optimizer}{tied and '_tied'}":
           f"v7 {STEPS} --dtype float32 --d-model {width} --d-ff {4 * width} --optimizer {optimizer} {tied}".strip()
           for width, tied in ((80, ""), (80, "--tie-embeddings"), (136, "--tie-embeddings"))
@@ -209,6 +209,8 @@ class Study:
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED),
                 *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in COMPRESSED)]
+        if args.size != "small":
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name]]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it

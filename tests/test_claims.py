@@ -135,6 +135,14 @@ def interval(name, other):
     return from_to(STUDY.differences(name, other, last_loss))
 
 
+def share_of_all(name, other):
+    return STUDY.mean(name, results.parameters) / STUDY.mean(other, results.parameters)
+
+
+def share_of_linear(name):
+    return STUDY.mean(name, linear_parameters) / STUDY.mean(name, results.parameters)
+
+
 def from_to(differences):
     """The 95% interval of their mean."""
     return "{:+.3f} to {:+.3f}".format(*results.interval(differences))
@@ -172,6 +180,16 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
             f"({interval('v11_quarter', 'dense_adamw')}).",
     lambda: f"The dense model with Muon stays ahead, by {by('dense_muon', 'tenth_wide')} and "
             f"{by('dense_muon', 'v11_quarter')}:",
+    lambda: f"At width 136 it ends {by('narrow136_muon_tied', 'tenth_wide')} nats below v11's tenth from 128, whose "
+            f"size it has, and {by('narrow136_muon_tied', 'v11_quarter')} below v11's quarter.",
+    lambda: f"and is level with it ({signed('narrow192_spectron', 'narrow136_muon_tied')}).",
+    lambda: f"With AdamW the narrower dense model ends {by('tenth_wide', 'narrow136_adamw_tied')} above v11's tenth.",
+    lambda: f"is level with v11's tenth from 64 ({signed('narrow80_muon_tied', 'v11_tenth')}), and "
+            f"{by('tenth_wide', 'narrow80_muon_tied')} nats above that from 128, with "
+            f"{share_of_all('narrow80_muon_tied', 'tenth_wide'):.0%} of its parameters in all",
+    lambda: f"Untied, it is {by('tenth_wide', 'narrow80_muon')} above.",
+    lambda: f"loses {by('dense_muon_tied', 'narrow136_muon_tied')} nats against width 256.",
+    lambda: f"And {1 - share_of_linear('tenth_wide'):.0%} of v11's tenth lie outside its linear layers.",
     lambda: f"For rank 16 the first are worth {by('rank16_spectron', 'rank16_adamw')} nats over AdamW's.",
     lambda: f"From 64, cut to a tenth, the loss is {by('v11_tenth', 'rank16_spectron')} nats lower than with rank 16 "
             f"throughout, and from 128 another {by('tenth_wide', 'v11_tenth')} lower; to a quarter, 128 is worth "
@@ -214,10 +232,6 @@ def fits(name, of, form):
 
 def kept(fit):
     return fit["after"]["all"] / fit["before"]["all"]
-
-
-def kept_linear(fit):
-    return fit["after"]["linear"] / fit["before"]["linear"]
 
 
 def rise(fit):
@@ -307,12 +321,11 @@ SENTENCES_OF_COMPRESSION = [
             f"{above(untuned(), tuned(1))}.",
 ]
 IN_README = [
-    lambda: f"Its loss is {by('tenth_wide', 'dense_adamw')} nats lower, and at a quarter "
-            f"{by('v11_quarter', 'dense_adamw')}. The dense model with Muon is {by('dense_muon', 'v11_quarter')} "
-            "below that.",
-    lambda: f"within 5% of its perplexity on one half of the held-out text keeps {fits(DENSE, kept, '.0%')} of them "
-            f"({fits(DENSE, kept_linear, '.0%')} of those in linear layers), at {fits(DENSE, rise, '+.1%')} on the "
-            f"other; trained with Muon, {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
+    lambda: f"its loss is {by('tenth_wide', 'dense_adamw')} nats lower.",
+    lambda: f"its loss is {by('narrow136_muon_tied', 'tenth_wide')} nats below that,",
+    lambda: f"within 5% of its perplexity on one half of the held-out text keeps {fits(DENSE, kept, '.0%')} of them, "
+            f"at {fits(DENSE, rise, '+.1%')} on the other; "
+            f"trained with Muon, {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
 ]
 
 
@@ -581,6 +594,27 @@ def test_v11_meets_the_mark_that_was_set_before_it_was_run():
     assert highest["v11_tenth"][0] < 0.03
     assert highest["v11_quarter"][0] < 0 < highest["v11_quarter"][1]
     assert STUDY.mean("v11_tenth", linear_parameters) < 0.1 * STUDY.mean("dense_adamw", linear_parameters)
+
+
+def test_narrower_models_are_of_the_sizes_and_in_the_order_that_the_pages_say():
+    def parameters(name):
+        return STUDY.mean(name, results.parameters)
+
+    for name in ("narrow136_muon_tied", "narrow192_spectron"):
+        assert parameters(name) == pytest.approx(parameters("tenth_wide"), rel=0.035)
+    for name in ("narrow80_muon", "narrow80_muon_tied"):
+        assert ratio(name, "tenth_wide") == pytest.approx(1, abs=0.05)
+        assert parameters(name) < parameters("tenth_wide")
+        assert clearly("tenth_wide", name)
+    assert clearly("narrow136_muon_tied", "tenth_wide")
+    assert clearly("narrow136_muon_tied", "v11_quarter")
+    assert clearly("narrow192_spectron", "tenth_wide")
+    assert not clearly("narrow136_muon_tied", "narrow192_spectron"), "level"
+    assert not clearly("narrow192_spectron", "narrow136_muon_tied"), "level"
+    assert not clearly("v11_tenth", "narrow80_muon_tied"), "level"
+    assert not clearly("narrow80_muon_tied", "v11_tenth"), "level"
+    costs = [STUDY.mean(name, multiplications) for name in ("narrow80_muon_tied", "tenth_wide")]
+    assert costs[0] / costs[1] == pytest.approx(0.25, abs=0.03)
 
 
 def test_a_cut_to_half_costs_nothing_that_the_seeds_show():

@@ -42,6 +42,7 @@ NARROW = {"narrow136_muon_tied": "dense, 136 wide, Muon, tied", "narrow136_adamw
           "narrow192_spectron": "v11, 192 wide, 96 to 35%", "narrow80_muon": "dense, 80 wide, Muon",
           "narrow80_muon_tied": "dense, 80 wide, Muon, tied", "narrow80_adamw": "dense, 80 wide, AdamW",
           "narrow80_adamw_tied": "dense, 80 wide, AdamW, tied"}  # the others are 256 wide
+LABELS = BUDGETED | NARROW
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
@@ -325,11 +326,11 @@ def epochs(run):
 def tries(study):
     """What each arm of v11's comparison was tuned on: seed 0."""
     rows = []
-    later = [arm for arm in [*BUDGETED, *NARROW] if arm not in ARMS and f"try_{arm}_dropout" in study.groups]
+    later = [arm for arm in LABELS if arm not in ARMS and f"try_{arm}_dropout" in study.groups]
     for arm in [*ARMS, *later]:
         losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
         tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
-        label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else (BUDGETED | NARROW)[arm]
+        label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else LABELS[arm]
         rows.append([label, *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
     return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
 
@@ -369,23 +370,23 @@ def budgeted(study):
 
 def narrow(study):
     """Narrower models beside v11."""
-    rows = [[label, *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
-             *(beside(study, name, other) for other in ("tenth_wide", "v11_quarter")), work(study, name)]
-            for name, label in (BUDGETED | NARROW).items()
-            if name in NARROW or name in ("dense_muon", "dense_adamw", "v11_quarter", "tenth_wide", "v11_tenth")]
+    others = ("tenth_wide", "v11_quarter")
+    rows = [[LABELS[name], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+             *(beside(study, name, other) for other in others), work(study, name)]
+            for name in ("dense_adamw", "dense_muon", "v11_quarter", "tenth_wide", "v11_tenth", *NARROW)]
     return Table("narrow", "", [
         f"n = {len(study.groups['narrow80_muon'].runs)}", "M parameters in the linear layers", "in all",
-        "last val loss", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in ("tenth_wide", "v11_quarter")),
+        "last val loss", *(f"{DASH} {LABELS[name]} (95% interval)" for name in others),
         "multiplications in all (dense, AdamW: 1)"], rows)
 
 
 def headline(study):
     """README's: v11 and what it competes with, in short."""
-    names = ("dense_muon", "narrow136_muon_tied", "narrow192_spectron", "v11_quarter", "tenth_wide", "dense_adamw",
-             "narrow80_muon_tied", "v10_transport", "v10_report")
+    names = ("dense_muon", "narrow136_muon_tied", "narrow192_spectron", "v11_quarter", "tenth_wide",
+             "narrow80_muon_tied", "dense_adamw", "v10_transport", "v10_report")
     return Table("headline", "", ["", "M parameters in linear layers", "in all", "last val loss"], [
-        [(BUDGETED | NARROW)[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
-         plus_minus(study.values(name, last_loss), ".3f")] for name in names])
+        [LABELS[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
+         plus_minus(study.values(name, last_loss), ".3f")] for name in names if name in study.groups])
 
 
 def brought(study):
@@ -525,7 +526,7 @@ TABLES = {"leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections, "official": official}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
-TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "narrow": narrow, "brought": brought}
+TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "brought": brought}
 TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
                          "spectra": spectra}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",
@@ -535,7 +536,7 @@ ARMS = [arm for name in STEPS if not name.endswith("_equal_flop") for arm in dic
 NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
 NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
-NEEDED_FOR_CUTS = {*BUDGETED, *NARROW, *(name for _, *pair in BROUGHT for name in pair)}
+NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
 
 
 def filled(page, tables):
@@ -698,17 +699,16 @@ def budget_figure(study):
     names = ("dense_adamw", "dense_muon", "v11_quarter", "tenth_wide", "v11_tenth", "v10_transport", "v10_report",
              "narrow136_muon_tied", "narrow136_adamw_tied", "narrow192_spectron", "narrow80_muon_tied",
              "narrow80_adamw_tied")
-    labels = {name: (BUDGETED | NARROW)[name] for name in names}
+    labels = {name: LABELS[name] for name in names if name in study.groups}
     figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
     draw_arms(linear, study, labels, linear_parameters, {
         "v11_tenth": ((8, 9), "left"), "tenth_wide": ((8, -8), "left"), "v11_quarter": ((8, 4), "left"),
-        "narrow80_muon_tied": ((8, -2), "left"),
-        "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left")})
+        "narrow80_muon_tied": ((8, -2), "left"), "narrow192_spectron": LEFT,
+        "narrow136_muon_tied": ((8, -6), "left")})
     draw_arms(of_all, study, labels, parameters, {
         "narrow80_muon_tied": ((-5, -14), "left"), "v11_tenth": ((8, 1), "left"), "tenth_wide": ((8, -3), "left"),
-        "v11_quarter": ((8, 3), "left"),
-        "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"), "narrow136_adamw_tied": ((8, 4), "left")})
-    of_all.set_xlim(left=0.6)
+        "v11_quarter": ((8, 3), "left"), "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"),
+        "narrow136_adamw_tied": ((8, 4), "left")})
     finding = ("At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
                "By all parameters, a narrower dense model with Muon is as good as the best v11")
     explain_arms(figure)
@@ -775,6 +775,7 @@ def available(study):
     parts = [(True, TABLES, FIGURES), (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
+             (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},
               {"law": law_figure})]

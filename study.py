@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import string
@@ -144,13 +145,14 @@ CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # next to no decay
 CUT = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
 BUDGETED = {
-    **{arm: f"{command} {{{arm}.3}}" for arm, command in (CHANGING | NARROW).items()},
+    **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},
     "tenth_wide": f"{CUT} --init-rank {{wide}}", "tenth_once": f"{CUT} --cuts 1",
     "tenth_plain": f"{CUT} --cut-metric plain",
     **{f"tenth_{signal}": f"{CUT} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
     "tenth_plain_uniform": f"{CUT} --cut-metric plain --rank-signal uniform",
     "tenth_afresh": f"{TENTH} {{v11_tenth.3}} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
+NARROWED = {arm: f"{command} {{{arm}.3}}" for arm, command in NARROW.items()}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
               "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
@@ -162,7 +164,7 @@ OF_DENSE = [  # v11's linear layers have too low ranks for these
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -207,9 +209,9 @@ class Study:
         self.size = SIZES[args.size] + (f" {SHORT}" if args.short else "")
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
-                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED),
+                *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
                 *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in COMPRESSED)]
-        if args.size != "small":
+        if args.size != "small":  # whose widths these are
             runs = [run for run in runs if "--d-model" not in COMMANDS[run.name]]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
@@ -326,8 +328,10 @@ class Study:
                 raise v10.UserError(f"there is no {name}: `make data` fetches WikiText-2")
         for run in (run for run in [*self.runs, *self.later] if "{size}" in COMMANDS[run.name]):
             for record in self.records(run.stem, "run"):
-                for name in ("n_layers", "block_size", "batch_size", "steps_per_epoch"):
-                    if record.get(name) != getattr(self.defaults, name):
+                own = {name.replace("-", "_"): int(width)
+                       for name, width in re.findall(r"--(d-model|d-ff) (\d+)", COMMANDS[run.name])}
+                for name in ("d_model", "n_layers", "d_ff", "block_size", "batch_size", "steps_per_epoch"):
+                    if record.get(name) != own.get(name, getattr(self.defaults, name)):
                         raise v10.UserError(f"{self.log(run.stem)} is of another size: choose another --out")
         path = self.out / "words.tokens"
         if self.args.size != "report":

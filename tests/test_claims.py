@@ -33,8 +33,8 @@ def every(name, other, value=best_loss):
     return max(STUDY.differences(name, other, value)) < 0
 
 
-def ratio(name, other):
-    return STUDY.mean(name, linear_parameters) / STUDY.mean(other, linear_parameters)
+def ratio(name, other, size=linear_parameters):
+    return STUDY.mean(name, size) / STUDY.mean(other, size)
 
 
 def probe(key):
@@ -135,10 +135,6 @@ def interval(name, other):
     return from_to(STUDY.differences(name, other, last_loss))
 
 
-def share_of_all(name, other):
-    return STUDY.mean(name, results.parameters) / STUDY.mean(other, results.parameters)
-
-
 def share_of_linear(name):
     return STUDY.mean(name, linear_parameters) / STUDY.mean(name, results.parameters)
 
@@ -186,7 +182,7 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
     lambda: f"With AdamW the narrower dense model ends {by('tenth_wide', 'narrow136_adamw_tied')} above v11's tenth.",
     lambda: f"is level with v11's tenth from 64 ({signed('narrow80_muon_tied', 'v11_tenth')}), and "
             f"{by('tenth_wide', 'narrow80_muon_tied')} nats above that from 128, with "
-            f"{share_of_all('narrow80_muon_tied', 'tenth_wide'):.0%} of its parameters in all",
+            f"{ratio('narrow80_muon_tied', 'tenth_wide', results.parameters):.0%} of its parameters in all",
     lambda: f"Untied, it is {by('tenth_wide', 'narrow80_muon')} above.",
     lambda: f"loses {by('dense_muon_tied', 'narrow136_muon_tied')} nats against width 256.",
     lambda: f"And {1 - share_of_linear('tenth_wide'):.0%} of v11's tenth lie outside its linear layers.",
@@ -283,7 +279,7 @@ def interval_of(values, others):
 def work(name, other):
     """-> (multiplications, time) of one arm over the other's"""
     time = STUDY.costs["over_dense"]
-    return STUDY.mean(name, multiplications) / STUDY.mean(other, multiplications), time[name] / time[other]
+    return ratio(name, other, multiplications), time[name] / time[other]
 
 
 SENTENCES_OF_COMPRESSION = [
@@ -597,14 +593,11 @@ def test_v11_meets_the_mark_that_was_set_before_it_was_run():
 
 
 def test_narrower_models_are_of_the_sizes_and_in_the_order_that_the_pages_say():
-    def parameters(name):
-        return STUDY.mean(name, results.parameters)
-
     for name in ("narrow136_muon_tied", "narrow192_spectron"):
-        assert parameters(name) == pytest.approx(parameters("tenth_wide"), rel=0.035)
+        assert ratio(name, "tenth_wide", results.parameters) == pytest.approx(1, abs=0.035)
     for name in ("narrow80_muon", "narrow80_muon_tied"):
         assert ratio(name, "tenth_wide") == pytest.approx(1, abs=0.05)
-        assert parameters(name) < parameters("tenth_wide")
+        assert ratio(name, "tenth_wide", results.parameters) < 1
         assert clearly("tenth_wide", name)
     assert clearly("narrow136_muon_tied", "tenth_wide")
     assert clearly("narrow136_muon_tied", "v11_quarter")
@@ -613,8 +606,7 @@ def test_narrower_models_are_of_the_sizes_and_in_the_order_that_the_pages_say():
     assert not clearly("narrow192_spectron", "narrow136_muon_tied"), "level"
     assert not clearly("v11_tenth", "narrow80_muon_tied"), "level"
     assert not clearly("narrow80_muon_tied", "v11_tenth"), "level"
-    costs = [STUDY.mean(name, multiplications) for name in ("narrow80_muon_tied", "tenth_wide")]
-    assert costs[0] / costs[1] == pytest.approx(0.25, abs=0.03)
+    assert ratio("narrow80_muon_tied", "tenth_wide", multiplications) == pytest.approx(0.25, abs=0.03)
 
 
 def test_a_cut_to_half_costs_nothing_that_the_seeds_show():

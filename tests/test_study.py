@@ -151,6 +151,30 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
 
+def test_a_log_of_another_width_is_refused_and_a_narrow_arm_has_its_own(tiny, tmp_path):
+    shutil.copy(tiny / "words.tokens", tmp_path)
+    shutil.copy(tiny / "ngrams.jsonl", tmp_path)
+    for name, width, fits in (("adaptive_s0", 256, True), ("adaptive_s0", 80, False),
+                              ("narrow80_muon_s1", 80, True), ("narrow80_muon_s1", 256, False)):
+        settings = {"d_model": width, "d_ff": 4 * width, "n_layers": 4, "block_size": 64, "batch_size": 16,
+                    "steps_per_epoch": 40}
+        (tmp_path / f"{name}.jsonl").unlink(missing_ok=True)
+        v10.write_record(tmp_path / f"{name}.jsonl", "run", **settings)
+        ours = asked(tmp_path, data_file=str(ROOT / "data" / "synthetic.tokens"), test_file="", only=[name[:-3]])
+        if fits:
+            ours.prepare()
+        else:
+            with pytest.raises(v10.UserError, match="is of another size"):
+                ours.prepare()
+        (tmp_path / f"{name}.jsonl").unlink()
+
+
+def test_a_study_of_the_reports_size_has_no_arms_of_the_small_ones_widths_and_still_measures_its_steps(tmp_path):
+    names = {run.name for run in asked(tmp_path, size="report").runs}
+    assert not names & study.NARROW.keys()
+    assert names >= {*study.ARMS, *study.BUDGETED}, "or measure() waits for ever"
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (["--only", "nothing"], "argument --only: invalid choice: 'nothing'"), (["--seeds", "6"], "is not a whole number"),
     (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"), (["--size", "large"], "invalid choice"),

@@ -74,6 +74,7 @@ def test_v7_takes_its_steps_in_parts_too(run):
         assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-5)
 
 
+@pytest.mark.soak
 def test_two_processes_train_as_one_does_in_bfloat16(run, text, tmp_path):
     flags = [*RESIZING, "--dtype", "bfloat16"]
     both = two_processes(text, tmp_path / "two.jsonl", *flags)

@@ -52,6 +52,12 @@ def report(tmp_path):
     return write(tmp_path / "report.jsonl", *(report_record(*row) for row in TABLE_1))
 
 
+@pytest.fixture
+def dense(tmp_path):
+    """A log with one figure, that of its losses."""
+    return write(tmp_path / "dense.jsonl", *logged([3, 2], lambda epoch: [], initial_ranks=[]))
+
+
 def plot(*arguments, code=0):
     assert plot_logs.main([str(argument) for argument in arguments]) == code
 
@@ -413,7 +419,8 @@ def test_runs_of_different_lengths_are_not_averaged(tmp_path, capsys):
     assert "v10_s1 is not averaged with runs of the same settings: it has 2 epochs, others of its settings 3." in said
 
 
-@pytest.mark.parametrize("name", ["_baseline", "a|b", "50%_&_#1", "^~{}\\", "x" * 150])
+@pytest.mark.parametrize("name", ["_baseline", "a|b", "50%_&_#1", "^~{}\\", "x" * 150, "cost$5_vs_$6", "名字",
+                                  "\udcff"])
 def test_a_name_is_plain_text_wherever_it_appears(tmp_path, name):
     log = write(tmp_path / f"{name}.jsonl", *logged([3, 2]))
     plot(log, write(tmp_path / "other.jsonl", *logged([3, 1])), "--report", "--out", tmp_path / "out")
@@ -433,31 +440,33 @@ def test_a_name_is_plain_text_wherever_it_appears(tmp_path, name):
     plot_logs.plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["cost$5_vs_$6", "名字", "\udcff"])
-def test_a_name_that_is_hard_to_paint_is_painted(tmp_path, painted, name):
-    test_a_name_is_plain_text_wherever_it_appears(tmp_path, name)
+def test_names_that_are_hard_to_paint_are_painted(tmp_path, painted):
+    logs = [write(tmp_path / f"{name}.jsonl", *logged([3, 2])) for name in ("cost$5_vs_$6 名字", "\udcff")]
+    plot(*logs, "--out", tmp_path / "out")
+    assert len(images(tmp_path / "out")) == 1 + 2 * 3
+    assert all((tmp_path / "out" / name).stat().st_size > 10_000 for name in images(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("settings", [
     {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "latin-1", "MATPLOTLIBRC": "."},
     {"MPLBACKEND": "nonsense"}])
-def test_the_users_display_settings_do_not_count(report, tmp_path, painted, settings):
+def test_the_users_display_settings_do_not_count(dense, tmp_path, painted, settings):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.max_open_warning: 1\nsavefig.dpi: 10\n")
-    done = subprocess.run([sys.executable, ROOT / "plot_logs.py", report, "--out", tmp_path / "there"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / "plot_logs.py", dense, "--out", tmp_path / "there"], cwd=tmp_path,
                           capture_output=True, check=False, env=os.environ | settings)
     assert (done.returncode, done.stderr) == (0, b"")
-    plot(report, "--out", tmp_path / "here")
-    for name in images(tmp_path / "here"):
-        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    plot(dense, "--out", tmp_path / "here")
+    assert (tmp_path / "there" / "losses.png").read_bytes() == (tmp_path / "here" / "losses.png").read_bytes()
 
 
 @pytest.mark.parametrize("screen", ["| head -1", "> /dev/full", ">&-"])
-def test_files_come_before_the_screen_and_do_not_need_it(report, tmp_path, screen):
-    command = shlex.join([sys.executable, str(ROOT / "plot_logs.py"), str(report), "--out", "there"])
+def test_files_come_before_the_screen_and_do_not_need_it(dense, tmp_path, screen):
+    command = shlex.join([sys.executable, str(ROOT / "plot_logs.py"), str(dense), "--out", "there"])
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {screen}"], cwd=tmp_path, capture_output=True,
                           text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(images(tmp_path / "there")) == 4
+    assert images(tmp_path / "there") == ["losses.png"]
+    assert (tmp_path / "there" / "index.html").stat().st_size > 10_000
 
 
 def test_logs_that_cannot_be_read_are_named_and_left_out(report, tmp_path, capsys):
@@ -471,14 +480,14 @@ def test_logs_that_cannot_be_read_are_named_and_left_out(report, tmp_path, capsy
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_make_plots_takes_names_with_spaces(report, tmp_path):
+def test_make_plots_takes_names_with_spaces(dense, tmp_path):
     (tmp_path / "logs").mkdir()
-    shutil.copy(report, tmp_path / "logs" / "my run.jsonl")
+    shutil.copy(dense, tmp_path / "logs" / "my run.jsonl")
     shutil.copy(ROOT / "plot_logs.py", tmp_path)
     command = ["make", "-f", ROOT / "Makefile", "plots", "VENV=", f"PYTHON={sys.executable}", "ARGS="]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "my run_ranks.png" in images(tmp_path / "logs" / "figures")
+    assert (tmp_path / "logs" / "figures" / "my run_training.csv").exists()
 
 
 @pytest.mark.parametrize(("runs", "title"), [

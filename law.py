@@ -278,10 +278,11 @@ def again(arms):
         for name, size in zip(arms, sizes, strict=True):
             rows.append([ARMS[name], trillions(size.compute), f"{size.linear / 1e3:,.0f}", Cell(size.seeds, ".3f"),
                          f"{np.std(size.seeds, ddof=1):.3f}" if len(size.seeds) > 1 else DASH,
+                         f"{size.seeds[0]:.3f}" if size.times else DASH,
                          *(f"{size.times[factor]:.3f}" if factor in size.times else DASH for factor in times)])
     return Table("again", "", ["nats above the floor", "trillion multiplications", "thousand linear parameters",
-                               f"{len(arms['adamw'].again[0].seeds)} seeds", "their standard deviation",
-                               *(f"seed 0, {factor} times the rate" for factor in times)], rows)
+                               f"{len(arms['adamw'].again[0].seeds)} seeds", "their standard deviation", "seed 0",
+                               *(f"{factor} times the rate" for factor in times)], rows)
 
 
 def law_figure(arms):

@@ -17,6 +17,7 @@ import counts
 import plot_logs
 import results
 import study
+import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records, untimed
@@ -140,6 +141,15 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
                 assert settings.get(name, value) == value, (run.stem, name)
                 compared += 1
     assert compared > 67 * 20
+
+
+def test_the_command_of_the_narrower_model_is_the_one_that_was_measured():
+    command = re.search(r"    python3 v7_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())[0]
+    flags = command.replace("\\\n", "").split()[2:]
+    settings, = records(REFERENCE / "narrow136_muon_tied_s1.jsonl", "run")
+    for name, value in vars(v10.build_parser(v7.Dense()).parse_args(flags)).items():
+        if name not in ("data_file", "log_file", "checkpoint", "seed", "device", "dtype", "grad_accum", "val_tokens"):
+            assert settings[name] == value, name
 
 
 def test_a_short_study_is_short_in_every_run(tmp_path):
@@ -364,7 +374,7 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
         shutil.copy(ROOT / name, tmp_path)
     for name in ("study", "scaling"):
         shutil.copytree(REFERENCE.parent / name, tmp_path / "logs" / "reference" / name)
-    program = ("import plot_logs, results; plot_logs.save = lambda figure, path: path.touch(); "  # `make results` paints
+    program = ("import plot_logs, results; plot_logs.save = lambda figure, path: path.touch()\n"  # make results paints
                "raise SystemExit(results.main(['--study', 'logs/reference/study']))")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

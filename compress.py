@@ -526,7 +526,8 @@ def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
     calibrated = f"; calibrated with {len(job.calibration):,} {job.source}" if job.measured else ""
     v10.say(f"measured on {tokens:,} held-out tokens of {job.text.path.name}, the second half{calibrated}")
     if args.dense:
-        v10.say(f"multiplied out again; as factors, what was cut would have {kept(found, ranks):,} parameters")
+        factors = sum(k * matrix.side for matrix, k in zip(found, ranks, strict=True) if k)
+        v10.say(f"multiplied out again; as factors, what was cut would have {factors:,} parameters")
     if stayed:
         v10.say(f"not cut: {', '.join(stayed)}")
     if gap > 0:
@@ -711,6 +712,8 @@ def tune(args):
     uncut = args.uncut or str(Path(args.checkpoint).parent / content.get("cut_from", ""))
     if not Path(uncut).is_file():
         raise UserError(f"{args.checkpoint} is compared with the model that it was cut from: --uncut CKPT names it")
+    if Path(uncut).resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out} is the model that {args.checkpoint} was cut from: choose another name")
     whole, uncut_model = load(uncut)
     if (whole["vocabulary"], uncut_model.config) != (content["vocabulary"], model.config):
         raise UserError(f"{args.checkpoint} was not cut from {uncut}: sizes or vocabulary differ")
@@ -821,14 +824,19 @@ def read_matrices(path: Path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no tensors by name")
     tensors = {str(name): tensor for name, tensor in content.items() if is_matrix(tensor)}
-    for name, tensor in tensors.items():
+    yield from paired({name: tensor.shape for name, tensor in tensors.items()}, tensors.get)
+
+
+def paired(shapes, read):
+    """The matrices of a file, {name: shape}, each by read(name): yields (name, tensor, None), and (name, U, V) for two
+    that are the factors name.U and name.V."""
+    for name in shapes:
         stem, _, part = name.rpartition(".")
-        U, V = (tensors.get(f"{stem}.{side}") for side in "UV")
-        if part in ("U", "V") and U is not None and V is not None and U.shape[1] == V.shape[0]:
-            if part == "U":
-                yield stem, U, V
-        else:
-            yield name, tensor, None
+        U, V = (shapes.get(f"{stem}.{side}") for side in "UV")
+        if part not in ("U", "V") or not U or not V or U[1] != V[0]:
+            yield name, read(name), None
+        elif part == "U":
+            yield stem, read(name), read(f"{stem}.V")
 
 
 def is_matrix(tensor):
@@ -840,9 +848,11 @@ def read_safetensors(path):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                if len(file.get_slice(name).get_shape()) == 2 and is_matrix(tensor := file.get_tensor(name)):
-                    yield name, tensor, None
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+            matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+            for name, U, V in paired(matrices, file.get_tensor):
+                if is_matrix(U) and (V is None or is_matrix(V)):
+                    yield name, U, V
     except (SafetensorError, OSError, AttributeError) as error:  # the last one: a type that torch does not know
         raise UserError(f"{path} is not a good safetensors file: {error}") from None
 
@@ -985,7 +995,7 @@ def main(argv=None):
         print("compress.py: error: out of memory: try fewer --tokens, or --only linear", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("compress.py: interrupted; no file was written", file=sys.stderr)
+        print("compress.py: interrupted", file=sys.stderr)
         return 130
 
 

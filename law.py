@@ -172,7 +172,7 @@ def read(folder):
         grid, others = {}, {}
         for path in sorted(folder.glob(f"{name}_c?_d*.jsonl"), key=width_of):
             _, budget, width, *how = path.stem.split("_")
-            run = None if how[0].startswith("rate") else ended(path)
+            run = None if how[0].startswith("rate") else plot_logs.ended(path)
             if run:
                 (epoch,), settings = run.epochs, run.settings
                 same.add((settings["entropy_floor"], settings["block_size"], settings["dtype"], settings["device"]))
@@ -208,14 +208,6 @@ def run_again(grid, others):
             found.append(Again(compute, linear, seeds, {
                 how.removeprefix("times").removesuffix("_s0"): losses[how] for how in sorted(losses) if how[0] == "t"}))
     return tuple(found)
-
-
-def ended(path):
-    """The run of a log, None if it has not ended."""
-    if not any(isinstance(record, dict) and record.get("kind") == "end"
-               for _, record in plot_logs.records(path, quiet=True)):
-        return None
-    return plot_logs.read_log(path, path.stem, 64)
 
 
 def width_of(path):

@@ -217,7 +217,13 @@ def records(path: Path, quiet: bool = False) -> list[tuple[int, object]]:
     return found
 
 
-def read_log(path: Path, name: str, init_rank: float) -> Run:
+def ended(path: Path) -> Run | None:
+    """The run of a log, None if it has not ended. Raises LogError."""
+    found = [record for _, record in records(path, quiet=True)]
+    return read_log(path, path.stem) if any(isinstance(r, dict) and r.get("kind") == "end" for r in found) else None
+
+
+def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
     """A log -> Run. Raises LogError."""
     run = Run(name)
     for number, record in records(path):
@@ -232,6 +238,8 @@ def read_log(path: Path, name: str, init_rank: float) -> Run:
         elif kind == "epoch":
             run.epochs.append(record)
         elif kind == "resume":  # what was logged after the checkpoint was trained again
+            if run.settings and "epochs" in record:
+                run.settings = run.settings | {"epochs": record["epochs"]}
             run.epochs, run.end = [epoch for epoch in run.epochs if epoch["epoch"] <= record["epoch"]], {}
             run.updates, run.cuts = ([update for update in updates if update["step"] <= (record.get("step") or 0)]
                                      for updates in (run.updates, run.cuts))
@@ -326,27 +334,27 @@ def read_compression(path: Path, name: str) -> Compression | None:
     return Compression(name, [record for _, record in found])
 
 
-def read_logs(paths: list[Path], init_rank: float) -> list:
-    """Logs -> Runs, and after them Compressions, each with a name of its own, also where capitals do not count: the
-    file's, and its folder's where two files share a name. A log that cannot be read is left out, with a warning; raises
-    LogError if none can be."""
-    runs, problems = [], []
+def read_logs(paths: list[Path], init_rank: float = 64) -> tuple[list[Run], list[Compression]]:
+    """Logs -> (Runs, Compressions), each with a name of its own, also where capitals do not count: the file's, and its
+    folder's where two files share a name. A log that cannot be read is left out, with a warning; raises LogError if
+    none can be."""
+    found, problems = [], []
     names = [plain(path.name if path.suffix != ".jsonl" else path.stem) for path in paths]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             name = f"{plain(path.resolve().parent.name)}_{name}"
-        taken, unique, i = {run.name.casefold() for run in runs}, name, 2
+        taken, unique, i = {log.name.casefold() for log in found}, name, 2
         while unique.casefold() in taken:
             unique, i = f"{name}_{i}", i + 1
         try:
-            runs.append(read_compression(path, unique) or read_log(path, unique, init_rank))
+            found.append(read_compression(path, unique) or read_log(path, unique, init_rank))
         except LogError as problem:
             problems.append(problem)
-    if not runs:
+    if not found:
         raise problems[0]
     for problem in problems:
         warn(f"{problem}; left out")
-    return sorted(runs, key=lambda run: isinstance(run, Compression))
+    return tuple([log for log in found if isinstance(log, kind)] for kind in (Run, Compression))
 
 
 def plain(name):
@@ -398,7 +406,8 @@ def grouped(runs: list[Run]) -> list[Group]:
     groups = {}
     for i, run in enumerate(runs):
         settings = SINCE | {name: value for name, value in run.settings.items() if name not in OF_ONE_RUN}
-        settings |= {"epochs": None} if run.settings else {}  # as many as there are, which --resume may have changed
+        if settings.get("lr_schedule") != "cosine":  # else as many as there are, which --resume may have changed
+            settings["epochs"] = None
         groups.setdefault(json.dumps(settings, sort_keys=True) if run.settings else i, []).append(run)
     found = []
     for members in groups.values():
@@ -441,9 +450,9 @@ def phases(run: Run) -> list[tuple[str, list[dict]]]:
             break
         slowed, lowest = slowed or loss > 0.98 * lowest, min(loss, lowest)
     rank = run.initial_rank
-    for i, epoch in enumerate(epochs if run.final_ranks else []):
+    for i, epoch in enumerate(epochs[:collapse] if run.final_ranks else []):
         low, high = min(epoch["ranks"]), max(epoch["ranks"])
-        if low < high and 0 < i < collapse:
+        if low < high and i:
             found.append(("differentiation", epochs[i:collapse]))
         if low < high or low >= rank:
             break
@@ -680,12 +689,8 @@ def compression_tables(log):
              *map(str, matrix["ranks"]), str(matrix["break_even"])] for name, matrix in record["matrices"].items()])
 
 
-def contents(runs, report=False):
+def contents(runs, compressions=(), report=False):
     """What the logs say, in order: paragraphs of text, and Tables. With the report's numbers beside them if asked."""
-    for log in (run for run in runs if isinstance(run, Compression)):
-        yield f"# {log.name}"
-        yield from compression_tables(log)
-    runs = [run for run in runs if isinstance(run, Run)]
     for run in runs:
         s, mark = run.settings, f" {DASH} {LEAK}" if run.sees_targets else ""
         yield f"# {run.title}"
@@ -718,6 +723,9 @@ def contents(runs, report=False):
             yield "The runs were not trained on the same number of tokens."
     if any(map(phases, runs)):
         yield PHASES
+    for log in compressions:
+        yield f"# {log.name}"
+        yield from compression_tables(log)
 
 
 def page(parts):
@@ -1063,10 +1071,12 @@ def report_figure(run):
 
 
 def plain_ticks(axis, *values):
-    """On a logarithmic axis (xaxis or yaxis), these ticks as far as they lie on it."""
+    """On a logarithmic axis (xaxis or yaxis), these ticks as far as they lie on it, others if fewer than two do."""
     low, high = sorted(axis.get_view_interval())
     shown = [value for value in values if low <= value <= high]
-    axis.set_ticks(shown, [f"{value:g}" for value in shown])
+    if len(shown) < 2:
+        shown = [value for value in plt.MaxNLocator(4).tick_values(low, high) if low <= value <= high]
+    axis.set_ticks(shown, [f"{value:,.6g}" for value in shown])
     axis.set_minor_locator(plt.NullLocator())
 
 
@@ -1086,11 +1096,7 @@ def perplexity_figure(record):
     axes.set(xscale="log", yscale="log", xlabel="million parameters, all", ylabel="perplexity",
              title=f"{label(record['checkpoint'])}: what cuts cost")
     plain_ticks(axes.xaxis, 0.5, 1, 2, 5, 10, 20, 50, 100)
-    low, high = axes.get_ylim()
-    marks = [mark * 10**power for power in range(9) for mark in (1, 1.5, 2, 3, 4, 5, 7)]
-    marks = [mark for mark in marks if low <= mark <= high]
-    axes.set_yticks(marks, [f"{mark:,.0f}" for mark in marks])
-    axes.minorticks_off()
+    plain_ticks(axes.yaxis, *(mark * 10**power for power in range(9) for mark in (1, 1.5, 2, 3, 4, 5, 7)))
     axes.legend(fontsize=9)
     return figure
 
@@ -1127,16 +1133,15 @@ def spectra_figure(record):
     return figure
 
 
-def figures(runs, x="epoch", report=False):
+def figures(runs, compressions=(), x="epoch", report=False):
     """Yields (file name without its ending, figure), one after the other."""
-    for log in (run for run in runs if isinstance(run, Compression)):
+    for log in compressions:
         cuts = [record for record in log.records if record["command"] in ("cut", "fit")]
         if cuts:
             yield f"{log.name}_kept", kept_figure(cuts[-1])  # the last one
         for command, draw in (("compare", perplexity_figure), ("spectrum", spectra_figure)):
             for i, record in enumerate(record for record in log.records if record["command"] == command):
                 yield f"{log.name}_{command}{i + 1}", draw(record)
-    runs = [run for run in runs if isinstance(run, Run)]
     if not runs:
         return
     yield "losses", losses_figure(grouped(runs), x)
@@ -1267,21 +1272,21 @@ def main(argv=None):
     try:
         if not 0 < args.init_rank < 1e15:
             raise LogError("--init-rank must be a rank: at least 1")
-        runs = read_logs(args.logs, args.init_rank)
-        parts = [*contents(runs, args.report)]
+        runs, compressions = read_logs(args.logs, args.init_rank)
+        parts = [*contents(runs, compressions, args.report)]
         text, made = page(parts), []
         out.mkdir(parents=True, exist_ok=True)
         (out / "tables.md").write_text(text, encoding="utf-8", errors="replace")
         for table in (part for part in parts if isinstance(part, Table)):
             write_table(table, out)
-        start_matplotlib([run.name for run in runs])
-        for name, figure in figures(runs, args.x, args.report):
+        start_matplotlib([log.name for log in (*runs, *compressions)])
+        for name, figure in figures(runs, compressions, args.x, args.report):
             save(figure, out / name)
             made.append(out / f"{name}.png")
         pictures = {picture.stem: picture.read_bytes() for picture in made}
         (out / "index.html").write_text(html_page(parts, pictures), encoding="utf-8", errors="replace")
         if args.tensorboard:
-            write_tensorboard([run for run in runs if isinstance(run, Run)], args.tensorboard)
+            write_tensorboard(runs, args.tensorboard)
             made.append(args.tensorboard)
         screen("\n".join([text, *map(str, made), str(out / "tables.md"), str(out / "index.html")]))
     except LogError as error:

@@ -7,6 +7,7 @@ A page shows a table between <!-- table NAME --> and <!-- end -->. Differences a
 sentences claim is tested against the logs in tests/test_claims.py.
 """
 import argparse
+import math
 import re
 import sys
 from collections import defaultdict
@@ -72,8 +73,7 @@ class Study:
         for path in sorted(folder.glob("*.jsonl")):
             name, _, seed = path.stem.rpartition("_s")
             if seed.isdigit():
-                run = plot_logs.read_log(path, path.stem, 64)
-                runs[name] += [run] if run.end else []
+                runs[name] += filter(None, [plot_logs.ended(path)])
             else:
                 records += [record for _, record in plot_logs.records(path)]
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
@@ -175,7 +175,9 @@ def equal_time(study, prefix):
     """-> ({seed: the dense model's best loss within the time that the adaptive run takes}, in how many epochs). Under a
     constant rate a shorter run is the beginning of a longer one; under a cosine it is a run of its own."""
     runs = study.groups[f"{prefix}dense_equal_time" if prefix else "dense"].runs
-    epochs = len(runs[0].epochs) if prefix else round(study.speed["over_dense"]["adaptive"] * len(runs[0].epochs))
+    epochs = len(runs[0].epochs)
+    if not prefix:
+        epochs = min(epochs, round(study.speed["over_dense"]["adaptive"] * epochs))
     return {run.settings["seed"]: min(epoch["val_loss"] for epoch in run.epochs[:epochs]) for run in runs}, epochs
 
 
@@ -276,7 +278,8 @@ def untied(name):
 
 
 def standard_error(values):
-    return stdev(values) / len(values) ** 0.5
+    """Of their mean; not a number for a single value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def plus_minus(values, form="+.3f"):
@@ -345,8 +348,9 @@ def beside(study, name, other):
     if name == other:
         return DASH
     paired = study.differences(name, other, last_loss)
-    low, high = interval(paired) if len(paired) > 1 else (0, 0)
-    return f"{fmean(paired):+.3f} ({low:+.3f} to {high:+.3f})"
+    if len(paired) < 2:
+        return f"{fmean(paired):+.3f}" if paired else DASH
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(fmean(paired), *interval(paired))
 
 
 def work(study, name):
@@ -524,7 +528,7 @@ def norms(study):
 
 TABLES = {"leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
-          "untrained": untrained, "choices": choices, "projections": projections, "official": official}
+          "untrained": untrained, "choices": choices, "projections": projections}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
 TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "brought": brought}
 TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
@@ -758,8 +762,8 @@ def law_figure(study):
     """The scaling law."""
     figure = law.law_figure(study.scaling)
     if study.is_reference:
-        figure.suptitle("At equal compute low rank with Spectron comes close to the dense model with AdamW, from the "
-                        "second budget on, and stays behind the one with Muon", fontsize=11)
+        figure.suptitle("At equal compute low rank with Spectron comes close to the dense model with AdamW at the "
+                        "larger two budgets, and stays behind the one with Muon", fontsize=11)
     return figure
 
 
@@ -772,7 +776,8 @@ FIGURES_OF_COMPRESSION = {"compressed": compressed_figure}
 def available(study):
     """-> (tables, figures), {name: function} each; those of v11's comparison as far as the study has it."""
     has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
-    parts = [(True, TABLES, FIGURES), (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
+    parts = [(True, TABLES, FIGURES), ("test" in study.ngrams, {"official": official}, {}),
+             (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
@@ -791,7 +796,7 @@ def show(folder, out):
     LogError."""
     study = Study(folder)
     missing = sorted(NEEDED - set(study.groups))
-    if missing or not study.speed or not {"val", "test"} <= study.ngrams.keys() or not study.probes:
+    if missing or not study.speed or "val" not in study.ngrams or not study.probes:
         raise LogError(f"{folder} is not complete: {', '.join(missing) or 'speed, ngrams or probes'} "
                        "missing; `make study` goes on with it")
     if not out and folder.resolve() != REFERENCE:

@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 import counts  # noqa: E402
 import plot_logs  # noqa: E402
-import results  # noqa: E402
 import v7_transformer_dense_baseline as v7  # noqa: E402
 import v10_transformer_lowrank_scaled as v10  # noqa: E402
 import v11_transformer_lowrank_selfguided as selfguided  # noqa: E402
@@ -275,32 +274,32 @@ class Study:
 
     def fill(self, command, seed):
         """A command with its placeholders filled in."""
-        values = {"size": self.size, "short": SHORT if self.args.short else "",
-                  "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
-                  "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
-                  "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
-                  "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}
-        for name, what in placeholders(command):
-            of_run = values.setdefault(name, argparse.Namespace()) if name in COMMANDS else None
-            if name in TUNED and what.isdigit():
-                tries = tries_before(name, what)
-                best = min(tries, key=lambda name: self.records(f"{name}_s0", "end")[0]["final_val_loss"])
-                setattr(of_run, what, self.fill(tries[best], seed))
-            elif name in COMMANDS:
-                log = self.log(f"{name}_s{seed}")
-                of_run.log = shlex.quote(str(log))
-                of_run.mean_rank = round(self.records(log.stem, "epoch")[-1]["rank_avg"])
-            if name == "search":
-                best = min(SEARCH, key=lambda name: self.records(f"{name}_s0", "end")[0]["best_val_loss"])
-                own = SEARCH[best].removeprefix("v7 {size}")
-                values["search"] = argparse.Namespace(best=own.format_map(values))
-            if name == "equal_flop":
-                values[name] = argparse.Namespace(**{f"rank{rank}_spectron": self.equal_flop_epochs(rank)
-                                                     for rank in (64, 16)})
-            if name == "speed":
-                ratio = self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"]
-                values["speed"] = argparse.Namespace(epochs=round(ratio * self.defaults.epochs))
-        return command.format_map(values)
+        return re.sub(r"{(\w+)\.?(\w*)}", lambda found: str(self.value(*found.groups(), seed)), command)
+
+    def value(self, name, what, seed):
+        """What {name} or {name.what} stands for in a run of this seed."""
+        if name in TUNED and what.isdigit():
+            return self.fill(self.best(tries_before(name, what), "final_val_loss"), seed)
+        match name, what:
+            case "search", "best":
+                return self.fill(self.best(SEARCH, "best_val_loss").removeprefix("v7 {size}"), seed)
+            case "speed", "epochs":
+                return round(self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"] * self.defaults.epochs)
+            case "equal_flop", arm:
+                return self.equal_flop_epochs(int(re.search(r"\d+", arm)[0]))
+            case _, "log":
+                return shlex.quote(str(self.log(f"{name}_s{seed}")))
+            case _, "mean_rank":
+                return round(self.records(f"{name}_s{seed}", "epoch")[-1]["rank_avg"])
+        return {"size": self.size, "short": SHORT if self.args.short else "",
+                "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
+                "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
+                "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
+                "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}[name]
+
+    def best(self, commands, loss):
+        """Of {name: command} the one whose run ended with the lowest loss."""
+        return commands[min(commands, key=lambda name: self.records(f"{name}_s0", "end")[0][loss])]
 
     def equal_flop_epochs(self, rank):
         """The epochs in which layers of a rank, stepped by Spectron, cost as many multiplications as dense ones,
@@ -345,10 +344,10 @@ class Study:
         except v10.UserError:
             path.unlink(missing_ok=True)
             raise
-        if not self.records("ngrams", "ngrams"):
-            texts = {"val": corpus.val}
-            if self.args.test_file:
-                texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], corpus.vocabulary)
+        texts = {"val": corpus.val}
+        if self.args.test_file:
+            texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], corpus.vocabulary)
+        if not any(record.keys() >= texts.keys() for record in self.records("ngrams", "ngrams")):
             unk = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
             v10.write_record(self.log("ngrams"), "ngrams", **{
                 name: ngram_losses(corpus.train, text) | {"unk": (text == unk).float().mean().item()}
@@ -547,8 +546,7 @@ def measure_speed(study, rounds=9):
         "v10 {size}" if kind else "v7 {size}"), kind)[0] for kind in kinds}, rounds)
     v10.write_record(
         study.log("speed"), "speed", rounds=rounds, device=v10.device_name(device), torch=torch.__version__,
-        over_dense={name: fmean(times[r] for r in of_run) / times[()] for name, of_run in ranks.items()},
-        over_dense_at_the_end={name: times[of_run[-1]] / times[()] for name, of_run in ranks.items()})
+        over_dense={name: fmean(times[r] for r in of_run) / times[()] for name, of_run in ranks.items()})
 
 
 def measure_step_costs(study, rounds=25):
@@ -565,8 +563,8 @@ def measure_step_costs(study, rounds=25):
                 layer.uses_guide = guided
         shares[arm] = {(arm, None): 1} if not arm.endswith("_selfguided") else {
             (arm, False): 0.25, (arm, True): 0.25, (arm.replace("selfguided", "adamw"), None): 0.5}
-    for arm in results.BUDGETED.keys() - ARMS.keys():
-        run = plot_logs.read_log(study.log(Run(arm, UNSEEN[0]).stem), arm, 64)
+    for arm in (*CHANGING, "tenth_wide", "quarter_narrow"):
+        run = plot_logs.read_log(study.log(Run(arm, UNSEEN[0]).stem), arm)
         stages = counts.ranks_of_steps(run)
         chosen = [stages[i * (len(stages) - 1) // 7] for i in range(8)] if len(stages) > 8 else stages
         args = study.parse(COMMANDS[arm])

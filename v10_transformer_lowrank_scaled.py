@@ -315,7 +315,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = (layer(x).view(B, T, self.config.n_heads, -1).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))  # (B, heads, T, C / heads)
-        y = attention(q, k, v, self.config.attention == "causal", self.config.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.config.attention == "causal", self.drop.p if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x):

@@ -410,12 +410,17 @@ def plan_cut(run, step, fishers, groups):
     final = budget_parameters(args, [layer.shape for layer in layers])
     left = max(1, sum(cut >= step for cut in cut_steps(args)))
     budget = max(present * (min(final, present) / present) ** (1 / left), final)  # each cut takes the same share
-    plain = [plain_directions(U, V) for U, V in factors]
-    by_fisher = [fisher_directions(U, fisher) for (U, _), fisher in zip(factors, fishers, strict=True)
-                 ] if fishers else plain
-    spectra = [s.tolist() for s, _, _ in (plain if args.rank_signal == "energy" else by_fisher)]
-    numbers = {"uniform": [1] * len(sides), "gradient": groups,
-               "stable": [v10.stable_rank_of(s) for s, _, _ in plain]}.get(args.rank_signal)
+    by_fisher = [fisher_directions(U, fisher) for (U, _), fisher in zip(factors, fishers, strict=bool(fishers))]
+    plain = [] if args.cut_metric == "fisher" and args.rank_signal not in ("stable", "energy") else [
+        plain_directions(U, V) for U, V in factors]
+    spectra = [s.tolist() for s, _, _ in (plain if args.rank_signal == "energy" else by_fisher or plain)]
+    numbers = None
+    if args.rank_signal == "uniform":
+        numbers = [1] * len(sides)
+    elif args.rank_signal == "gradient":
+        numbers = groups
+    elif args.rank_signal == "stable":
+        numbers = [v10.stable_rank_of(s) for s, _, _ in plain]
     if numbers:
         new = in_proportion(budget, sides, numbers, ranks, args.min_rank)
     else:

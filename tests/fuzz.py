@@ -93,7 +93,7 @@ def targets(folder):
 
     def read_log(data):
         here.write_bytes(data)
-        runs = [plot_logs.read_log(path, path.stem, 64) for path in (here, folder / "log.jsonl")]
+        runs = [plot_logs.read_log(path, path.stem) for path in (here, folder / "log.jsonl")]
         parts = [*plot_logs.contents(runs)]
         plot_logs.page(parts)
         plot_logs.html_page(parts, {})
@@ -104,7 +104,7 @@ def targets(folder):
     def read_compression(data):
         here.write_bytes(data)
         if log := plot_logs.read_compression(here, "case"):
-            parts = [*plot_logs.contents([log])]
+            parts = [*plot_logs.contents([], [log])]
             plot_logs.page(parts)
             plot_logs.html_page(parts, {})
 

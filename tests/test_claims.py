@@ -368,7 +368,7 @@ def shares(arm, part):
     """The share of a part, or of the optimizer, in the multiplications of the runs of the largest budget."""
     found = []
     for path in law.scaling_folder(results.REFERENCE).glob(f"{arm}_c3_d*_s0.jsonl"):
-        run = law.ended(path)
+        run = plot_logs.ended(path)
         ranks = run.settings["initial_ranks"] if arm == "spectron" else None
         forward = token_multiplications(run.settings, ranks)
         plain = step_multiplications(run.settings | {"optimizer": "adamw"}, ranks)

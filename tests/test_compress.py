@@ -363,6 +363,9 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
         for name in ("log_compare1", "log_spectrum1", "log_kept"):
             assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
             assert name in (tmp_path / "figures" / "index.html").read_text()
+    assert plot_logs.main([str(log), str(trained / "v11.jsonl"), "--out", str(tmp_path / "figures")]) == 0
+    page = (tmp_path / "figures" / "index.html").read_text()
+    assert page.index("<h1>v11</h1>") < page.index('alt="losses"') < page.index("<h1>log</h1>")
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -566,6 +569,10 @@ def test_what_is_cut_from_a_last_checkpoint_holds_a_model_and_no_run(trained, tm
             model, _ = v10.load_model(tmp_path / name)
             assert {key: file.get_tensor(key).tolist() for key in file.keys()} == {  # noqa: SIM118
                 key: parameter.tolist() for key, parameter in model.named_parameters()}
+        ours, exported = (sorted((key, V is not None) for key, _, V in compress.read_matrices(path))
+                          for path in (tmp_path / name, tmp_path / f"{name}.safetensors"))
+        assert ours == exported, "factors are one matrix in both"
+        assert ("blocks.0.q", True) in ours
 
 
 def test_held_out_text_of_little_more_than_a_block_is_enough(trained, tmp_path):
@@ -684,6 +691,7 @@ def test_a_spectrum_is_that_of_the_matrices(trained, tmp_path, capsys):
     (["spectrum", "{flat}"], "has no matrix"), (["spectrum", "{code}"], "cannot be read without running code"),
     (["tune", "{ckpt}"], "is compared with the model that it was cut from"),
     (["tune", "{ckpt}", "--uncut", "{ckpt}"], "there are no factors to train"),
+    (["tune", "{cut}", "--out", "{ckpt}", "--overwrite"], "cut.pt was cut from: choose another name"),
     (["tune", "{ckpt}", "--uncut", "{ckpt}", "--on", "{short}"], "gives 2 tokens; a fifth of them"),
     ([], "required: COMMAND"), (["shrink"], "invalid choice")])
 def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_path, capsys, flags, said):
@@ -699,11 +707,12 @@ def test_wrong_requests_are_refused_in_one_line_before_any_work(trained, tmp_pat
     broken = v10.load(trained / "v7.best.pt")
     broken["model"]["norm.weight"][3] = float("nan")
     v10.save(tmp_path / "broken.pt", broken)
+    v10.save(trained / "cut.pt", v10.load(trained / "v7.best.pt") | {"cut_from": "v7.best.pt"})
     names = {"ckpt": trained / "v7.best.pt", "text": trained / "text.tokens", "other": tmp_path / "other",
              "last": trained / "v7.pt", "folder": tmp_path, "training": trained / "v7.jsonl",
              "tied": trained / "v11.best.pt", "shuffled": tmp_path / "shuffled", "broken": tmp_path / "broken.pt",
              "short": tmp_path / "short", "bad": tmp_path / "bad.safetensors", "nan": tmp_path / "nan.pt",
-             "flat": tmp_path / "flat.safetensors", "code": tmp_path / "code.pt"}
+             "flat": tmp_path / "flat.safetensors", "cut": trained / "cut.pt", "code": tmp_path / "code.pt"}
     flags = [flag.format(**names) for flag in flags]
     if flags[:1] in (["cut"], ["fit"], ["tune"]):
         if "--out" not in flags:

@@ -206,7 +206,7 @@ sys.exit(scaling.main(["--out", {str(out)!r}, "--dtype", "float32", "--jobs", "1
 
 
 def ended(folder):
-    return {path.stem: plot_logs.read_log(path, path.stem, 64) for path in folder.glob("*_s0.jsonl")}
+    return {path.stem: plot_logs.read_log(path, path.stem) for path in folder.glob("*_s0.jsonl")}
 
 
 def test_the_runs_read_a_text_once_at_rates_between_the_best_of_two_widths(tiny):
@@ -233,7 +233,7 @@ def test_the_law_is_read_from_the_logs_above_the_floor_in_context(tiny, tmp_path
     found = arms["spectron"]
     assert found.loss[1, 0] == run.epochs[0]["val_loss"] - floor["context_floor"] > 0
     assert found.linear[:, 0].tolist() == [2 * (4 * 2 * 8 + 2 * 5 * 8), 4 * (4 * 2 * 16 + 2 * 5 * 16)]  # a block each
-    again = {how: plot_logs.read_log(tmp_path / f"spectron_c1_d16_{how}.jsonl", how, 64) for how in ("s1", "times2_s0")}
+    again = {how: plot_logs.read_log(tmp_path / f"spectron_c1_d16_{how}.jsonl", how) for how in ("s1", "times2_s0")}
     losses = {how: run.epochs[0]["val_loss"] - floor["context_floor"] for how, run in again.items()}
     assert found.again == ((found.compute[1, 0], found.linear[1, 0], [found.loss[1, 0], losses["s1"]],
                             {"2": losses["times2_s0"]}),)

@@ -81,6 +81,13 @@ def test_attention_is_softmax_attention_written_out():
     assert torch.allclose(block.attend(x), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("built_with", "set_to"), [(0.3, 0.0), (0.0, 0.3)])
+def test_dropout_that_is_set_on_the_modules_reaches_attention_too(built_with, set_to):
+    block, x = small(dropout=built_with).blocks[0].train(), torch.randn(2, 16, 24)
+    block.drop.p = set_to
+    assert torch.equal(block.attend(x), block.attend(x)) == (set_to == 0)
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits():
     model, x, y = small().double(), torch.randint(31, (3, 16)), torch.randint(31, (3, 16))
     log_p = model(x).double().log_softmax(-1)

@@ -127,7 +127,7 @@ def test_our_own_logs_give_tables_figures_and_a_comparison(run, tmp_path, capsys
 
 def test_every_figure_of_a_bidirectional_run_is_marked(run):
     plot_logs.start_matplotlib()
-    runs = plot_logs.read_logs([run("--attention", "bidirectional", name="open"), run(name="v10")], 64)
+    runs, _ = plot_logs.read_logs([run("--attention", "bidirectional", name="open"), run(name="v10")])
     for name, figure in plot_logs.figures(runs):
         texts = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
         assert ("SEES ITS TARGETS" in texts) == (not name.startswith("v10_")), name
@@ -149,7 +149,7 @@ def test_the_entropy_floor_is_drawn_and_listed(run, text, capsys):
     capsys.readouterr()
     plot(*logs)
     assert cells(capsys.readouterr().out.split("# Comparison")[1], "a")[9] == "3.125"
-    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs, 64)))
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs)[0]))
     assert any("3.125" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
     plot_logs.plt.close(figure)
 
@@ -158,7 +158,7 @@ def test_a_really_resumed_log_reads_like_the_straight_one(run):
     straight = run(name="straight")
     run("--epochs", 2, name="resumed")
     resumed = run("--resume", name="resumed")
-    a, b = (plot_logs.read_log(log, "log", 64) for log in (straight, resumed))
+    a, b = (plot_logs.read_log(log, "log") for log in (straight, resumed))
     assert plot_logs.training_table(a).markdown() == plot_logs.training_table(b).markdown().replace(b.name, a.name)
 
 
@@ -242,7 +242,7 @@ def test_logs_of_one_name_keep_apart(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / "log.jsonl", report_record(1, 2, 1, 8, 9, 8.5))
-    runs = plot_logs.read_logs([tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl"], 64)
+    runs, _ = plot_logs.read_logs([tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl"])
     assert [run.name for run in runs] == ["a_log", "b_log"]
 
 
@@ -254,11 +254,11 @@ REPORT_MEANS = [60, 56, 52, 48, 44, 40, 36, 32.06, 28.83, 26.08, 24.17, 22.28, 2
                 18.19, 17.92, 17.50, 17.17, 17.08, 17.03, 16.97, 16.86, 16.86, 16.92, 16.78, 16.61]
 
 
-def logged(epochs, ranks=lambda epoch: [8] * 6, **settings):
+def logged(losses, ranks=lambda epoch: [8] * 6, **settings):
     """The records of a run with these validation losses."""
     return [{"kind": "run", "attention": "causal", "initial_ranks": [64] * 6, **settings}, *(
         {"kind": "epoch", "epoch": i, "train_loss": loss, "val_loss": loss, "ranks": ranks(i), "tokens_seen": 100 * i,
-         "time_sec": 60, "params_millions": 3 - i / 10} for i, loss in enumerate(epochs, start=1))]
+         "time_sec": 60, "params_millions": 3 - i / 10} for i, loss in enumerate(losses, start=1))]
 
 
 def spans(run):
@@ -282,6 +282,7 @@ def test_the_phases_of_the_reports_run_are_those_of_the_report(tmp_path):
     ([9, 8, 7], lambda epoch: [64 - epoch] * 6, [("uniform compression", 1, 3)]),
     ([9, 8, 7], lambda epoch: [64 - epoch] * 5 + [60], []), ([9, 8, 7], lambda epoch: [64 + epoch] * 6, []),
     ([9, 9, 7], lambda epoch: [64 - epoch] * (6 - epoch) + [60] * epoch, [("collapse", 3, 3)]),
+    ([9, 9, 7, 6], lambda epoch: [64 - epoch] * 6, [("uniform compression", 1, 2), ("collapse", 3, 4)]),
     ([9, 9, 7, 6], lambda epoch: [60] * 6 if epoch == 1 else [55] * 5 + [50],
      [("uniform compression", 1, 1), ("differentiation", 2, 2), ("collapse", 3, 4)])])
 def test_phases_follow_their_rules(tmp_path, losses, ranks, found):
@@ -311,7 +312,7 @@ def test_the_reports_tables_stand_beside_a_log_of_another_shape(tmp_path, capsys
 def test_the_first_epoch_of_each_phase_stands_beside_the_reports(tmp_path):
     losses = [7, 6.95, 6.9, 3, 2]
     path = write(tmp_path / "log.jsonl", *logged(losses, lambda epoch: [64 - epoch] * 6))
-    _, table, _ = plot_logs.report_tables(plot_logs.read_log(path, "log", 64))
+    _, table, _ = plot_logs.report_tables(plot_logs.read_log(path, "log"))
     assert [[str(cell) for cell in row] for row in table.rows] == [
         ["uniform compression", "1", "1", "+0"], ["differentiation", plot_logs.DASH, "8", plot_logs.DASH],
         ["collapse", "4", "23", "-19"]]
@@ -324,7 +325,7 @@ def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):
     plot(*logs, other)
     row = cells(capsys.readouterr().out.split("# Comparison")[1], "v10")
     assert (row[1], row[5], row[6]) == ("3", "5.000 (4.500 to 5.500)", "2")
-    groups = plot_logs.grouped(plot_logs.read_logs([*logs, other], 64))
+    groups = plot_logs.grouped(plot_logs.read_logs([*logs, other])[0])
     assert [(group.name, len(group.runs)) for group in groups] == [("v10", 3), ("other", 1)]
     figure = plot_logs.losses_figure(groups)
     assert [list(line.get_ydata()) for line in figure.axes[0].lines if "v10" in str(line.get_label())] == [[6, 5]]
@@ -333,9 +334,19 @@ def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):
     plot_logs.plt.close(figure)
 
 
+@pytest.mark.parametrize(("schedule", "groups"), [("constant", 1), ("cosine", 2)])
+def test_a_cosine_of_another_length_is_another_configuration(tmp_path, schedule, groups):
+    logs = [write(tmp_path / f"v10_s{seed}.jsonl", *logged([6, 5], seed=seed, lr_schedule=schedule, epochs=2 + seed))
+            for seed in range(2)]
+    assert len(plot_logs.grouped(plot_logs.read_logs(logs)[0])) == groups
+    resumed = [{"kind": "resume", "epoch": 2, "epochs": 2}, {"kind": "end"}]
+    write(logs[1], *map(json.loads, logs[1].read_text().splitlines()), *resumed)
+    assert len(plot_logs.grouped(plot_logs.read_logs(logs)[0])) == 1
+
+
 def test_logs_without_a_run_record_are_not_taken_for_seeds(report, tmp_path):
     shutil.copy(report, tmp_path / "report_s1.jsonl")
-    assert len(plot_logs.grouped(plot_logs.read_logs([report, tmp_path / "report_s1.jsonl"], 64))) == 2
+    assert len(plot_logs.grouped(plot_logs.read_logs([report, tmp_path / "report_s1.jsonl"])[0])) == 2
 
 
 @pytest.mark.parametrize(("x", "places"), [("epoch", [1, 2]), ("tokens", [100, 200]), ("time", [1, 2]),
@@ -343,7 +354,7 @@ def test_logs_without_a_run_record_are_not_taken_for_seeds(report, tmp_path):
 def test_losses_can_be_drawn_over_epochs_tokens_time_and_parameters(tmp_path, x, places):
     plot_logs.start_matplotlib()
     log = write(tmp_path / "log.jsonl", *logged([6, 5]))
-    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log], 64)), x)
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log])[0]), x)
     assert list(figure.axes[0].lines[0].get_xdata()) == places
     assert figure.axes[0].get_xlabel() == plot_logs.AXES[x][0]
     plot_logs.plt.close(figure)
@@ -432,7 +443,7 @@ def test_a_name_is_plain_text_wherever_it_appears(tmp_path, name):
     tex = (tmp_path / "out" / "comparison.tex").read_text()
     row = next(line for line in tex.splitlines() if line.endswith(r"\\") and "other" not in line and "run" not in line)
     assert "".join(plot_logs.TEX.get(letter, letter) for letter in shown) == row.split(" & ")[0]
-    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log, tmp_path / "other.jsonl"], 64)))
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs([log, tmp_path / "other.jsonl"])[0]))
     figure.canvas.draw()  # mathematics in a name would raise here
     labels = [text.get_text().strip().replace(r"\$", "$") for text in figure.axes[0].texts]
     assert shown in labels or len(shown) > 48 or name in ("名字", "\udcff")
@@ -504,7 +515,7 @@ def test_the_title_of_the_losses_says_no_more_than_they_do(tmp_path, runs, title
     plot_logs.start_matplotlib()
     logs = [write(tmp_path / f"{name}.jsonl", *logged([6, loss], **settings))
             for name, (loss, settings) in runs.items()]
-    assert plot_logs.losses_title(plot_logs.grouped(plot_logs.read_logs(logs, 64))) == title
+    assert plot_logs.losses_title(plot_logs.grouped(plot_logs.read_logs(logs)[0])) == title
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap():
@@ -521,10 +532,21 @@ def test_labels_at_the_ends_of_lines_do_not_overlap():
     plot_logs.plt.close(figure)
 
 
+@pytest.mark.parametrize(("parameters", "increase"), [(4e5, 0.1), (3e6, 0.05), (2e9, 3.0)])
+def test_both_axes_of_a_comparison_of_cuts_have_ticks(parameters, increase):
+    plot_logs.start_matplotlib()
+    cuts = {"fisher, global": {"increase": increase, "parameters": parameters / 2}}
+    figure = plot_logs.perplexity_figure({"checkpoint": "v7.pt", "loss_before": 6.7, "before": {"all": parameters},
+                                          "rows": [{"keep": 0.5, "cuts": cuts}]})
+    figure.canvas.draw()
+    assert all(len(axis.get_ticklocs()) >= 2 for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis))
+    plot_logs.plt.close(figure)
+
+
 def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn):
     logs = [write(tmp_path / f"{'long ' * 18}{i}.jsonl", *logged([3, 2 + i / 30], lr=i)) for i in range(30)]
     plot_logs.start_matplotlib()
-    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs, 64)))
+    figure = plot_logs.losses_figure(plot_logs.grouped(plot_logs.read_logs(logs)[0]))
     figure.canvas.draw()
     axes = figure.axes[0]
     assert len({tuple(map(float, line.get_color())) for line in axes.lines if line.get_marker() == "o"}) == 30
@@ -546,7 +568,7 @@ def test_a_long_log_is_plotted_against_time_in_time(tmp_path):
 
 def test_updates_inside_epochs_are_plotted(run):
     plot_logs.start_matplotlib()
-    (read,) = plot_logs.read_logs([run("--rank-interval", 2)], 64)
+    ((read,), _) = plot_logs.read_logs([run("--rank-interval", 2)])
     epochs, ranks = plot_logs.history(read)
     assert epochs == [0, 0.4, 0.8, 1, 1.2, 1.6, 2, 2.4, 2.8, 3, 3.2, 3.6, 4]
     assert ranks.shape == (13, 12)
@@ -593,6 +615,6 @@ def test_telemetry_is_the_median_layer_without_the_end_of_a_cosine(tmp_path, pai
                 v11_epoch(1), v11_epoch(2, update_norms=[0.02, 0.06]), v11_epoch(3, lr=0.0009))
     assert plot_logs.main([str(log)]) == 0
     assert (tmp_path / "figures" / "telemetry.png").exists()
-    run = plot_logs.read_log(log, "v11", 64)
+    run = plot_logs.read_log(log, "v11")
     assert plot_logs.telemetry(run, "update_norms") == {1: pytest.approx(0.02), 2: pytest.approx(0.04)}
     assert run.family == "controlled"

@@ -27,7 +27,7 @@ DEMO = ROOT / "logs" / "reference" / "demo"
 
 
 def test_its_comparison_is_what_plot_logs_makes_of_the_reference_logs():
-    runs = plot_logs.read_logs([DEMO / f"{name}.jsonl" for name in ("v10", "v10_bidirectional", "v7")], 64)
+    runs, _ = plot_logs.read_logs([DEMO / f"{name}.jsonl" for name in ("v10", "v10_bidirectional", "v7")])
     assert plot_logs.comparison_table(plot_logs.grouped(runs)).markdown() in RESULTS
 
 

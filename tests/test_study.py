@@ -1,5 +1,6 @@
 """The study's runs, what they measure, and the answers that results.py makes of their logs."""
 import argparse
+import copy
 import functools
 import math
 import os
@@ -74,6 +75,10 @@ def test_the_study_text_is_the_beginning_of_the_data_and_its_rare_words_are_unk(
     counted, = records(tmp_path / "ngrams.jsonl")
     assert counted["val"]["unk"] == 0
     assert set(counted["val"]) == {"unigram", "bigram", "unk"}
+    asked(tmp_path, data_file=str(tmp_path / "text"), test_file=str(tmp_path / "text")).prepare()
+    ours.prepare()
+    assert [{"val", "test"} & record.keys() for record in records(tmp_path / "ngrams.jsonl")] == [
+        {"val"}, {"val", "test"}], "counted once more, for a second text"
     (tmp_path / "text").write_text("something else " * 1000)
     with pytest.raises(v10.UserError, match="was made of another text"):
         ours.prepare()
@@ -353,8 +358,26 @@ def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys, mon
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+def test_a_study_of_one_seed_and_no_second_text_has_its_tables_and_figures_without_intervals():
+    one, all_seeds = copy.copy(reference()), reference()
+    one.groups = {name: plot_logs.Group(name, group.runs[:1]) for name, group in all_seeds.groups.items()}
+    one.ngrams = {name: counted for name, counted in one.ngrams.items() if name != "test"}
+    plot_logs.start_matplotlib()
+    (tables, figures), (in_full, _) = results.available(one), results.available(all_seeds)
+    assert in_full.keys() - tables.keys() == {"official"}
+    for name in ("steps", "budget", "narrow", "brought", "headline"):
+        text = tables[name](one).markdown()
+        assert "\N{PLUS-MINUS SIGN}" not in text
+        assert "nan" not in text
+        assert " to +" not in text
+    for name in ("steps", "budget"):
+        figures[name](one).canvas.draw()
+        plot_logs.plt.close("all")
+
+
 def test_a_run_that_has_not_ended_does_not_count(tmp_path):
     copied(tmp_path / "study", "dense_s1")
+    v10.write_record(tmp_path / "study" / "just_begun_s0.jsonl", "run", seed=0)
     log = tmp_path / "study" / "dense_s1.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert [run.settings["seed"] for run in results.Study(tmp_path / "study").groups["dense"].runs] == [0, 2]

@@ -306,14 +306,14 @@ def steps(study):
     def loss(name):
         return plus_minus(study.values(name, last_loss), ".3f") if name in study.groups else DASH
 
-    def beside(name, other):
+    def above(name, other):
         return plus_minus(study.differences(name, other, last_loss)) if name != other else DASH
     rows = []
     for name, label in STEPS.items():
         cost = study.costs.get("over_dense", {})
         rows.append([label, study.cell(tied(name), linear_parameters, ".2f"),
                      study.cell(tied(name), parameters, ".2f"), loss(untied(name)), loss(tied(name)),
-                     beside(tied(name), "dense_adamw_tied"), beside(tied(name), "dense_muon_tied"),
+                     above(tied(name), "dense_adamw_tied"), above(tied(name), "dense_muon_tied"),
                      Cell(study.mean(tied(name), epochs) / study.mean("dense_adamw", epochs), ".2f"),
                      Cell(cost.get(tied(name.removesuffix("_equal_flop"))), ".2f")])
     return Table("steps", "", [
@@ -347,10 +347,14 @@ def beside(study, name, other):
     """The last loss of `name` above that of `other`, seed by seed, with its 95% interval."""
     if name == other:
         return DASH
-    paired = study.differences(name, other, last_loss)
-    if len(paired) < 2:
-        return f"{fmean(paired):+.3f}" if paired else DASH
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(fmean(paired), *interval(paired))
+    return with_interval(study.differences(name, other, last_loss))
+
+
+def with_interval(values):
+    """Their mean with its 95% interval, if there are several."""
+    if len(values) < 2:
+        return f"{fmean(values):+.3f}" if values else DASH
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(fmean(values), *interval(values))
 
 
 def work(study, name):
@@ -404,6 +408,11 @@ def brought(study):
 
 COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
               "compressed_v11": "v11, 64 to a tenth"}
+CUT_NARROW = {f"compressed_narrow{width}": NARROW[f"narrow{width}_muon_tied"] for width in (136, 80)}
+WAYS = {"compressed_narrow136": [("compressed_narrow136", 1), ("compressed_v11", 1), ("compressed_muon", 0.25),
+                                 ("compressed_dense", 0.25)],  # {a narrower model: ways to as few parameters}
+        "compressed_narrow80": [("compressed_narrow80", 1), ("compressed_narrow136", 0.5), ("compressed_v11", 0.5),
+                                ("compressed_muon", 0.125), ("compressed_dense", 0.125)]}
 CUTS = tuple(f"{metric}, {allocation}" for metric in ("plain", "inputs", "fisher")
              for allocation in ("uniform", "global"))
 
@@ -412,6 +421,32 @@ def commands(study, name, **wanted):
     """[for each seed: those records of a compressed model that hold these values]"""
     return [[record for record in records if all(record.get(key) == value for key, value in wanted.items())]
             for records in study.compressed[name]]
+
+
+def after_cut(study, name, keep):
+    """[for each seed: (the loss on the reporting half, the parameters) of a compressed model that keeps so much of all
+    in the Fisher metric under one budget, 1 for the model as it was trained]"""
+    found = []
+    for record, in commands(study, name, command="compare", only="all"):
+        cut = {row["keep"]: row["cuts"]["fisher, global"] for row in record["rows"]}.get(
+            keep, {"increase": 0, "parameters": record["before"]["all"]})
+        found.append((record["loss_before"] + cut["increase"], cut["parameters"]))
+    return found
+
+
+def ways(study):
+    """Ways to a small model: to train it narrow, as v11, or wide and cut it."""
+    rows = []
+    for narrow, of_size in WAYS.items():
+        for name, keep in of_size:
+            losses, sizes = zip(*after_cut(study, name, keep), strict=True)
+            above = [loss - other for loss, (other, _) in zip(losses, after_cut(study, narrow, 1), strict=True)]
+            rows.append([(COMPRESSED | CUT_NARROW)[name] + (f", cut to {keep:.4g}" if keep < 1 else ""),
+                         Cell(fmean(sizes) / 1e6, ".2f"), plus_minus(losses, ".3f"),
+                         DASH if keep == 1 and name == narrow else with_interval(above), work(study, name)])
+    return Table("ways", "", [f"n = {len(losses)}", "M parameters in all", "loss on the second half",
+                              f"{DASH} the narrower model (95% interval)",
+                              "multiplications to train (dense, AdamW: 1)"], rows)
 
 
 def compressed(study):
@@ -457,7 +492,7 @@ def by_rank(study):
                  for metric in ("plain", "fisher")}
         rows.append([str(rank), Cell(cut["after"]["linear"] / cut["before"]["linear"], ".1%"), *(
             Cell([perplexity(record["loss"]) for record in found], ",.0f") for found in seeds.values())])
-    before = [records[1]["loss_before"] for records in study.compressed["compressed_dense"]]
+    before = [loss for loss, _ in after_cut(study, "compressed_dense", 1)]
     rows.append(["not cut", "100%", *2 * [Cell([perplexity(loss) for loss in before], ",.0f")]])
     return Table("by_rank", "", ["rank", "kept", "perplexity, plain SVD", "in the Fisher metric"], rows)
 
@@ -738,11 +773,19 @@ def compressed_figure(study):
                       style, marker="o", markersize=3, color=color)
         axes.plot(seeds[0]["before"]["all"] / 1e6, before, "*", markersize=11, color=color)
         handles.append(plt.Line2D([], [], color=color, marker="*", markersize=9, label=COMPRESSED[name]))
+    for name in (name for name in CUT_NARROW if name in study.compressed):
+        losses, (size, *_) = zip(*after_cut(study, name, 1), strict=True)
+        color = plot_logs.COLORS["controlled"]
+        axes.plot(size / 1e6, fmean(losses), "*", markersize=11, color=color)
+        width = study.groups[name].first.settings["d_model"]
+        axes.annotate(f"{width} wide", (size / 1e6, fmean(losses)), (-8, -8), textcoords="offset points", ha="right",
+                      color=color)
     handles += [plt.Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in (
         ("-", "metric: fisher"), ("--", "inputs"), (":", "plain SVD"))]
     axes.set(xscale="log", xlabel="million parameters, embedding and head included",
              ylabel="loss on the second half of the held-out text",
-             title="Half of a dense model, cut in the Fisher metric, is as good as all of it"
+             title="Half of a dense model, cut in the Fisher metric, is as good as all of it;\n"
+             "at an eighth, narrower models trained from the start are better"
              if study.is_reference else "Trained models, cut")
     figure.supxlabel("star: not cut; each metric with the better of one share for all matrices and one budget",
                      fontsize=8)
@@ -782,6 +825,7 @@ def available(study):
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
+             (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},
               {"law": law_figure})]
     has = [part for part in parts if part[0]]

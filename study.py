@@ -49,7 +49,7 @@ SIZES = {
     "small": """--d-model 256 --n-layers 4 --n-heads 4 --d-ff 1024 --block-size 64 --batch-size 16 --epochs 16
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
     "report": ""}  # v10's defaults
-SHORT = "--d-model 64 --n-heads 4 --d-ff 128 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 60"
+SHORT = "--d-model 64 --n-heads 4 --d-ff 128 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 20"
 WORDS = 100_000  # of the small size
 SCHEDULE = "--lr-schedule cosine --warmup-steps {steps_per_epoch}"
 UNMASKED, TRANSPORT = "--attention bidirectional", "--optimizer-on-resize transport"
@@ -154,11 +154,12 @@ BUDGETED = {
 NARROWED = {arm: f"{command} {{{arm}.3}}" for arm, command in NARROW.items()}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
-              "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"]}
+              "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"],
+              **{f"compressed_narrow{width}": NARROWED[f"narrow{width}_muon_tied"] for width in (136, 80)}}
 TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
 COMPRESSIONS = ["spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
                 f"fit {{model}} --loss +5% {TO_CUT}"]
-OF_DENSE = [  # v11's linear layers have too low ranks for these
+OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and widths are too low for these
     *(f"cut {{model}} --only linear --rank {{width_over_{part}}} --metric {metric} {TO_CUT}" for part in (16, 8, 4, 2)
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
@@ -258,7 +259,7 @@ class Study:
         """What compress.py has still to do with a run's model."""
         if run.name not in COMPRESSED:
             return []
-        wanted = COMPRESSIONS + (OF_DENSE if COMPRESSED[run.name].startswith("v7") else [])
+        wanted = COMPRESSIONS + (OF_DENSE if run.name in ("compressed_dense", "compressed_muon") else [])
         return wanted[len(self.records(f"compress/{run.stem}", "compress")):]
 
     def command(self, run):

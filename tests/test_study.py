@@ -24,16 +24,23 @@ import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records, untimed
 
 REFERENCE = ROOT / "logs" / "reference" / "study"
-TINY = [sys.executable, ROOT / "study.py", "--short", "--seeds", "1", "--only", "retrained", "bidirectional",
-        "--data-file", ROOT / "data" / "synthetic.tokens", "--test-file", ""]
+TINY = [sys.executable, ROOT / "study.py", "--short", "--seeds", "1", "--test-file", "", "--only", "retrained",
+        "bidirectional"]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder of a study of three tiny runs, two that were asked for and one that another needs."""
-    out = tmp_path_factory.mktemp("study")
-    subprocess.run([*TINY, "--out", out], check=True, capture_output=True)
+    out, text = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("text") / "text.tokens"
+    text.write_text(" ".join((ROOT / "data" / "synthetic.tokens").read_text().split()[:20_000]))
+    subprocess.run([*TINY, "--out", out, "--data-file", text], check=True, capture_output=True)
     return out
+
+
+def of_tiny(tiny, out, *but):
+    """The flags of that study in another folder, but for these."""
+    flags = [str(word) for word in TINY[2:] if word not in but]
+    return [*flags, "--out", str(out), "--data-file", str(tiny / "words.tokens")]
 
 
 @functools.cache
@@ -89,14 +96,13 @@ def test_the_study_text_is_the_beginning_of_the_data_and_its_rare_words_are_unk(
 def test_what_is_done_is_skipped(tiny, monkeypatch):
     monkeypatch.setattr(study.Study, "execute", lambda *_: pytest.fail("a run has begun"))
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny.iterdir()}
-    assert study.main([*map(str, TINY[2:]), "--out", str(tiny)]) == 0
+    assert study.main(of_tiny(tiny, tiny)) == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny.iterdir()} == before
 
 
 def test_an_interrupted_study_goes_on_to_the_same_logs(tiny, tmp_path):
-    command = [word for word in TINY if word != "bidirectional"]
-    process = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)
+    flags = of_tiny(tiny, tmp_path, "bidirectional")
+    process = subprocess.Popen([*TINY[:2], *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "adaptive_s0.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 2:  # an epoch is done
         assert process.poll() is None
@@ -107,7 +113,7 @@ def test_an_interrupted_study_goes_on_to_the_same_logs(tiny, tmp_path):
     assert not records(log, "end")
     assert not (tmp_path / "retrained_s0.jsonl").exists()
     before = log.read_bytes()
-    assert study.main([*map(str, command[2:]), "--out", str(tmp_path)]) == 0
+    assert study.main(flags) == 0
     assert log.read_bytes().startswith(before)
     for name in ("adaptive_s0.jsonl", "retrained_s0.jsonl"):
         assert untimed(tmp_path / name) == untimed(tiny / name)
@@ -116,7 +122,7 @@ def test_an_interrupted_study_goes_on_to_the_same_logs(tiny, tmp_path):
 def test_a_run_that_fails_is_told_and_those_that_need_it_do_not_start(tiny, tmp_path, capsys):
     shutil.copy(tiny / "words.tokens", tmp_path)
     (tmp_path / "adaptive_s0.jsonl").write_text("my thesis\n")
-    assert study.main([*map(str, TINY[2:]), "--out", str(tmp_path)]) == 1
+    assert study.main(of_tiny(tiny, tmp_path)) == 1
     failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("study.py: error: ")]
     assert len(failed) == 2
     assert "adaptive_s0: exit code 2: " in failed[0]
@@ -170,7 +176,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 5 * (24 + 14 + 7) + 3 * 3
+    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 5 * (24 + 14 + 7) + 3 * 5
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -184,7 +190,7 @@ def test_a_log_of_another_width_is_refused_and_a_narrow_arm_has_its_own(tiny, tm
                     "steps_per_epoch": 40}
         (tmp_path / f"{name}.jsonl").unlink(missing_ok=True)
         v10.write_record(tmp_path / f"{name}.jsonl", "run", **settings)
-        ours = asked(tmp_path, data_file=str(ROOT / "data" / "synthetic.tokens"), test_file="", only=[name[:-3]])
+        ours = asked(tmp_path, data_file=str(tiny / "words.tokens"), test_file="", only=[name[:-3]])
         if fits:
             ours.prepare()
         else:

@@ -302,7 +302,7 @@ SENTENCES_OF_COMPRESSION = [
             f"it was trained and {above(compared(DENSE, 0.25), compared(NARROW))} below the dense model with AdamW, "
             f"cut to a quarter. From the one with Muon, cut to a quarter, it cannot be told "
             f"({above(compared(MUON, 0.25), compared(NARROW))}),",
-    lambda: f"are level ({above(compared(NARROW, 0.5), compared('compressed_narrow80'))}),",
+    lambda: f"are nearly level ({above(compared(NARROW, 0.5), compared('compressed_narrow80'))}),",
     lambda: f"where v11 is {above(compared(V11), compared(DENSE))} above the dense model with AdamW, although the two "
             "are level on the whole held-out text (section 10).",
     lambda: f"{share_of_ends(V11)} of its parameters are embedding and head",

@@ -140,56 +140,84 @@ def not_finite(constant):
     raise ValueError(f"{constant} is not JSON")
 
 
-NUMBERS = ("step", "steps_per_epoch", "rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions",
-           "time_sec", "train_sec", "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb",
-           "parameters", "factor_parameters", "entropy_floor", "train_tokens", "val_tokens", "vocab_size", "lr")
-TELEMETRY = {"update_norms": "The step: its spectral norm", "weight_norms": "The weights: their spectral norm",
-             "output_changes": "The outputs: RMS change"}  # by the last step of an epoch, for each layer
-TEXTS = ("attention", "data_file", "data_sha256", "device", "device_name", "dtype")
-
-
 def is_number(value, kind=(int, float)):
     """A number that all of the arithmetic here can take: no truth value, and of at most 15 digits."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e15
 
 
+# What records hold. A form is one of KINDS; [form], a list; [form, ...], one that is not empty; (form, form), a list of
+# two; {name: form}, an object; {...: form}, one of any names, but not empty. "name?" may be missing or null.
+NUMBER, COUNT, RANK, TEXT = "a number", "a whole number above 0", "a rank or null", "text"
+KINDS = {NUMBER: is_number, COUNT: lambda value: is_number(value, int) and value > 0,
+         RANK: lambda value: value is None or is_number(value, int) and value > 0,
+         TEXT: lambda value: isinstance(value, str)}
+TELEMETRY = {"update_norms": "The step: its spectral norm", "weight_norms": "The weights: their spectral norm",
+             "output_changes": "The outputs: RMS change"}  # by the last step of an epoch, for each layer
+ALL = {f"{name}?": NUMBER for name in (
+    "step", "steps_per_epoch", "rank_min", "rank_max", "rank_avg", "params_millions", "factor_params_millions",
+    "time_sec", "train_sec", "eval_sec", "rank_sec", "tokens_seen", "tokens_per_sec", "peak_memory_mb", "parameters",
+    "factor_parameters", "entropy_floor", "train_tokens", "val_tokens", "vocab_size", "lr")}
+ALL |= {f"{name}?": TEXT for name in ("attention", "data_file", "data_sha256", "device", "device_name", "dtype")}
+FORMS = {
+    "run": {"initial_ranks?": [COUNT], "layers?": [{"shape": (COUNT, COUNT)}]},
+    "epoch": {"epoch": NUMBER, "train_loss": NUMBER, "val_loss": NUMBER, "ranks": [COUNT],
+              **{f"{name}?": [NUMBER] for name in TELEMETRY}},
+    "ranks": {"step": NUMBER, "ranks": [COUNT]},
+    "cut": {"step": NUMBER, "val_loss_before": NUMBER, "val_loss": NUMBER, "ranks": [COUNT, ...]},
+    "resume": {"epoch": NUMBER}}
+SIZES = {"all": COUNT, "linear": COUNT, "ends": NUMBER}
+CUT = {"checkpoint": TEXT, "metric": TEXT, "target": TEXT, "loss_before": NUMBER, "loss": NUMBER,
+       "loss_error?": NUMBER, "plain_increase?": NUMBER, "before": SIZES, "after": SIZES, "ranks": {...: RANK},
+       "shapes": {...: (COUNT, COUNT)}}
+COMPRESSIONS = {  # by the command of compress.py
+    "cut": CUT, "fit": CUT,
+    "compare": {"checkpoint": TEXT, "loss_before": NUMBER, "before": {"all": NUMBER}, "rows": [
+        {"keep": NUMBER, "cuts": {...: {"increase": NUMBER, "parameters": NUMBER}}}, ...]},
+    "tune": {"checkpoint": TEXT, "models": [{"model": TEXT, "train": TEXT, "parameters": NUMBER, "trained": NUMBER,
+                                             "loss_before": NUMBER, "loss": NUMBER}, ...]},
+    "spectrum": {"checkpoint": TEXT, "matrices": {...: {
+        "shape": (COUNT, COUNT), "stable_rank": NUMBER, "break_even": NUMBER, "singular_values": [NUMBER, ...],
+        "ranks": (NUMBER,) * 4}}}}
+
+
+def fit(value, form, name=""):
+    """Raises ValueError if a value is not of this form."""
+    inside = []
+    if isinstance(form, str):
+        good, wanted = KINDS[form](value), form
+    elif isinstance(form, dict):
+        good, wanted = isinstance(value, dict) and (value or ... not in form), "an object"
+        if good:
+            form = dict.fromkeys(value, form[...]) if ... in form else form
+            inside = [(value.get(key.removesuffix("?")), of, f"{name}.{key.removesuffix('?')}".lstrip("."))
+                      for key, of in form.items()
+                      if not key.endswith("?") or value.get(key.removesuffix("?")) is not None]
+    else:
+        least = len(form) - isinstance(form, list)
+        good = isinstance(value, list) and (len(value) == least if isinstance(form, tuple) else len(value) >= least)
+        wanted = f"a list of {least}" if isinstance(form, tuple) else "a list"
+        inside = [(item, form[0], f"{name}[{i}]") for i, item in enumerate(value)] if good else []
+    if not good:
+        raise ValueError(f"{name or 'a record'} should be {wanted}, not {json.dumps(value)[:60]}")
+    for item, of, its_name in inside:
+        fit(item, of, its_name)
+
+
 def check(record, run):
-    """-> the record's kind. Raises ValueError for a record that is not one of ours, or not one of the report's."""
-    if not isinstance(record, dict):
-        raise ValueError("a record is an object, {...}")
+    """-> the record's kind. Raises ValueError for a record that is not one of ours, or not one of the report's, or does
+    not go on from those before it."""
+    fit(record, {})
     kind = record.get("kind", "epoch")
-    if not isinstance(kind, str):
-        raise ValueError("kind should be text")
+    fit(kind, TEXT, "kind")
+    fit(record, ALL | FORMS.get(kind, {}))
     if kind == "run" and (run.settings or run.epochs):
         raise ValueError("a second run begins here: each run needs a log of its own")
-    needed = {"epoch": ("epoch", "train_loss", "val_loss"), "resume": ("epoch",), "ranks": ("step",),
-              "cut": ("step", "val_loss_before", "val_loss")}.get(kind, ())
-    for name in (*needed, *NUMBERS, *TEXTS):
-        value = record.get(name)
-        if value is None and name not in needed:
-            continue
-        if name in TEXTS and not isinstance(value, str) or name not in TEXTS and not is_number(value):
-            raise ValueError(f"{name} should be {'text' if name in TEXTS else 'a number'}, "
-                             f"not {json.dumps(value)[:60]}")
-    ranks = {"epoch": record.get("ranks"), "ranks": record.get("ranks"), "cut": record.get("ranks"),
-             "run": record.get("initial_ranks", [])}.get(kind, [])
-    if not isinstance(ranks, list) or not all(is_number(rank, int) and rank > 0 for rank in ranks):
-        raise ValueError(f"{'initial_' if kind == 'run' else ''}ranks should be a list of ranks")
-    if kind == "epoch" and run.epochs and len(ranks) != len(run.epochs[-1]["ranks"]):
-        raise ValueError(f"{len(ranks)} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
-    initial = run.settings.get("initial_ranks")
-    if kind == "cut" and not ranks:
-        raise ValueError("a cut has no ranks")
-    if kind in ("epoch", "ranks", "cut") and initial and len(ranks) != len(initial):
-        raise ValueError(f"{len(ranks)} ranks, where the run began with {len(initial)}")
-    layers = record.get("layers", []) if kind == "run" else []
-    if not isinstance(layers, list) or not all(
-            isinstance(layer, dict) and isinstance(layer.get("shape"), list) and len(layer["shape"]) == 2
-            and all(is_number(side, int) for side in layer["shape"]) for layer in layers):
-        raise ValueError("layers should be a list of objects, each with a shape of two sides")
-    for name in TELEMETRY if kind == "epoch" else ():
-        if not isinstance(record.get(name, []), list) or not all(map(is_number, record.get(name, []))):
-            raise ValueError(f"{name} should be a list of numbers")
+    if kind in ("epoch", "ranks", "cut"):
+        n, initial = len(record["ranks"]), run.settings.get("initial_ranks")
+        if kind == "epoch" and run.epochs and n != len(run.epochs[-1]["ranks"]):
+            raise ValueError(f"{n} ranks, where the epoch before has {len(run.epochs[-1]['ranks'])}")
+        if initial and n != len(initial):
+            raise ValueError(f"{n} ranks, where the run began with {len(initial)}")
     if kind == "epoch" and record["epoch"] <= (run.epochs[-1]["epoch"] if run.epochs else 0):
         raise ValueError(f"epoch {record['epoch']} after epoch {run.epochs[-1]['epoch'] if run.epochs else 0}")
     return kind
@@ -265,58 +293,17 @@ class Compression(NamedTuple):
 
 def check_compression(record):
     """Raises ValueError for a record that compress.py did not write."""
-    def numbers(values, *names):
-        if not isinstance(values, dict) or not all(is_number(values.get(name)) for name in names):
-            raise ValueError(f"{', '.join(names)} should be numbers")
-
-    def listed(values, kind):
-        if not isinstance(values, kind) or not values:
-            raise ValueError("a record of compress.py without its numbers")
-        return values
-    if not isinstance(record.get("checkpoint"), str):
-        raise ValueError("checkpoint should be text")
+    fit(record, {})
+    if record.get("kind") != "compress":
+        raise ValueError("not a record of compress.py, as others here are")
     command = record.get("command")
-    if command in ("cut", "fit"):
-        numbers(record, "loss_before", "loss")
-        if not isinstance(record.get("metric"), str) or not isinstance(record.get("target"), str):
-            raise ValueError("metric and target should be text")
-        for name in ("before", "after"):
-            numbers(record.get(name), "all", "linear", "ends")
-            if min(record[name]["all"], record[name]["linear"]) <= 0:
-                raise ValueError("a model without parameters")
-        for name in ("plain_increase", "loss_error"):
-            if record.get(name) is not None:
-                numbers(record, name)
-        ranks, shapes = record.get("ranks"), record.get("shapes")
-        if not isinstance(ranks, dict) or not isinstance(shapes, dict) or ranks.keys() != shapes.keys() or not ranks:
-            raise ValueError("ranks and shapes should be of the same matrices")
-        for rank, shape in zip(ranks.values(), shapes.values(), strict=True):
-            if rank is not None and not is_number(rank, int) or not isinstance(shape, list) or len(shape) != 2 or (
-                    not all(is_number(side, int) and side > 0 for side in shape)):
-                raise ValueError("ranks should be whole numbers or null, and shapes two sides each")
-    elif command == "compare":
-        numbers(record, "loss_before")
-        numbers(record.get("before"), "all")
-        for row in listed(record.get("rows"), list):
-            numbers(row, "keep")
-            for cell in listed(row.get("cuts"), dict).values():
-                numbers(cell, "increase", "parameters")
-        if len({json.dumps([*row["cuts"]]) for row in record["rows"]}) > 1:
-            raise ValueError("rows of other cuts than the first one's")
-    elif command == "tune":
-        for model in listed(record.get("models"), list):
-            numbers(model, "parameters", "trained", "loss_before", "loss")
-            if not isinstance(model.get("model"), str) or not isinstance(model.get("train"), str):
-                raise ValueError("model and train should be text")
-    elif command == "spectrum":
-        for matrix in listed(record.get("matrices"), dict).values():
-            numbers(matrix, "stable_rank", "break_even")
-            values = matrix.get("singular_values"), matrix.get("ranks"), matrix.get("shape")
-            if not all(isinstance(some, list) and some and all(map(is_number, some)) for some in values) or (
-                    len(values[1]), len(values[2])) != (4, 2):
-                raise ValueError("singular_values, ranks and shape should be lists of numbers")
-    else:
+    if not isinstance(command, str) or command not in COMPRESSIONS:
         raise ValueError(f"an unknown command, {json.dumps(command)[:60]}")
+    fit(record, COMPRESSIONS[command])
+    if command in ("cut", "fit") and record["ranks"].keys() != record["shapes"].keys():
+        raise ValueError("ranks and shapes should be of the same matrices")
+    if command == "compare" and len({json.dumps([*row["cuts"]]) for row in record["rows"]}) > 1:
+        raise ValueError("rows of other cuts than the first one's")
 
 
 def read_compression(path: Path, name: str) -> Compression | None:
@@ -326,8 +313,6 @@ def read_compression(path: Path, name: str) -> Compression | None:
         return None
     for number, record in found:
         try:
-            if not isinstance(record, dict) or record.get("kind") != "compress":
-                raise ValueError("not a record of compress.py, as others here are")
             check_compression(record)
         except ValueError as error:
             raise LogError(f"{path}:{number}: {error}") from None

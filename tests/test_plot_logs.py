@@ -171,12 +171,13 @@ def test_a_torn_last_line_is_left_out_with_a_warning(report, capsys):
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ('{"epoch": 2', "not a line of JSON"), ("[1, 2]", "a record is an object"), ("hello", "not a line of JSON"),
+    ('{"epoch": 2', "not a line of JSON"), ("hello", "not a line of JSON"),
+    ("[1, 2]", "a record should be an object, not [1, 2]"),
     ('{"epoch": 31, "train_loss": NaN, "val_loss": 1, "ranks": []}', "not a line of JSON"),
     ('{"epoch": 31, "val_loss": 1, "ranks": []}', "train_loss should be a number"),
     ('{"epoch": 31, "train_loss": "1", "val_loss": 1, "ranks": []}', 'train_loss should be a number, not "1"'),
     ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2]}', "2 ranks, where the epoch before has 36"),
-    ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [0]}', "ranks should be a list of ranks"),
+    ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [0]}', "ranks[0] should be a whole number above 0, not 0"),
     ('{"epoch": 31, "train_loss": 1, "val_loss": 1, "ranks": [1, 2, 3, 4, 5, 6]}', "where the epoch before has 36"),
     ('{"epoch": 30, "train_loss": 1, "val_loss": 1, "ranks": []}', "where the epoch before"),
     ('{"epoch": true, "train_loss": 1, "val_loss": 1, "ranks": []}', "epoch should be a number"),

@@ -182,11 +182,11 @@ COMPRESSIONS = {  # by the command of compress.py
 
 def fit(value, form, name=""):
     """Raises ValueError if a value is not of this form."""
-    inside = []
+    inside, of_some = [], " that is not empty"
     if isinstance(form, str):
         good, wanted = KINDS[form](value), form
     elif isinstance(form, dict):
-        good, wanted = isinstance(value, dict) and (value or ... not in form), "an object"
+        good, wanted = isinstance(value, dict) and (value or ... not in form), "an object" + of_some * (... in form)
         if good:
             form = dict.fromkeys(value, form[...]) if ... in form else form
             inside = [(value.get(key.removesuffix("?")), of, f"{name}.{key.removesuffix('?')}".lstrip("."))
@@ -195,7 +195,7 @@ def fit(value, form, name=""):
     else:
         least = len(form) - isinstance(form, list)
         good = isinstance(value, list) and (len(value) == least if isinstance(form, tuple) else len(value) >= least)
-        wanted = f"a list of {least}" if isinstance(form, tuple) else "a list"
+        wanted = f"a list of {least}" if isinstance(form, tuple) else "a list" + of_some * least
         inside = [(item, form[0], f"{name}[{i}]") for i, item in enumerate(value)] if good else []
     if not good:
         raise ValueError(f"{name or 'a record'} should be {wanted}, not {json.dumps(value)[:60]}")

@@ -379,7 +379,7 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
     assert v10.evaluate(model, corpus.val, 4) == pytest.approx(end["final_val_loss"], rel=1e-6)
     assert v10.count_parameters(model) == records(log, "epoch")[-1]["params_millions"] * 1e6
     if how in ("cuts", "muon, shared", "dense, muon", "self-guided"):
-        monkeypatch.setattr(plot_logs, "save", lambda figure, path: plot_logs.plt.close(figure))
+        monkeypatch.setattr(plot_logs, "save", lambda figure, path: path.with_suffix(".png").touch())
         assert plot_logs.main([str(log), "--out", str(run.folder / "figures")]) == 0
 
 

@@ -74,14 +74,14 @@ v11: $(READY)   ## the successor: low rank with controlled steps, cut to a tenth
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(or $(LOGS),logs/*.jsonl) $(ARGS)
 
-study: $(READY) ## the 468 runs behind the results, on WikiText-2, two side by side; many hours, resumable
+study: $(READY) ## the 471 runs behind the results, on WikiText-2, two side by side; many hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
 
 compress: $(READY) ## of these, the trained models that compress.py cuts, three seeds of each; an hour or two
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py --only compressed_dense compressed_muon compressed_v11 \
-		compressed_narrow136 compressed_narrow80 $(ARGS)
+		compressed_narrow136 compressed_narrow80 compressed_narrow192 $(ARGS)
 
 scaling: $(READY) ## 114 runs behind the scaling law, on a synthetic text, two side by side; hours, resumable
 	$(PY) scaling.py $(ARGS)

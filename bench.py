@@ -339,6 +339,18 @@ def section(results):
                       f"|---|{'--:|' * len(measured)}", *rows, *svds])
 
 
+def check_log(log):
+    """Raises UserError, before the work, if the results cannot be written there, or if it is another file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.is_dir():
+        raise v10.UserError(f"--log-file needs the name of a file, not {str(log)!r}")
+    with log.open("a+b") as file:
+        file.seek(0)
+        head = file.read(200)
+        if head and not head.lstrip(b"{ \n").startswith(b'"command": "python3 bench.py'):
+            raise v10.UserError(f"{log} does not hold results of bench.py: choose another --log-file")
+
+
 def main(argv=None):
     parser = v10.Parser(prog="bench.py", description="Measures v10's speed and memory as ratios.", allow_abbrev=False,
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -363,14 +375,17 @@ def main(argv=None):
         if args.d_model % args.n_heads or args.rank > args.d_model or args.batch_size % 2:
             raise v10.UserError("--d-model must be a multiple of --n-heads, --rank at most --d-model, "
                                 "--batch-size even")
+        if args.words < args.d_model or args.large <= args.rank:
+            raise v10.UserError("--words must be at least --d-model, --large above --rank")
         if step:
             here(step, args)
             return 0
         if show:
             results = json.loads(Path(show).read_text())
+            if not isinstance(results, dict) or not str(results.get("command")).startswith("python3 bench.py"):
+                raise v10.UserError(f"{show} does not hold results of bench.py")
         else:
-            Path(log).parent.mkdir(parents=True, exist_ok=True)
-            Path(log).touch()  # a path that cannot be written is found before the work
+            check_log(Path(log))
             device = v10.pick_device(args.device)
             dtypes = native_dtypes(device) if args.dtype == "auto" else [args.dtype]
             results = {"command": shlex.join(["python3", "bench.py", *argv]), "device": v10.device_name(device),
@@ -388,6 +403,9 @@ def main(argv=None):
     except v10.TrainingError as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

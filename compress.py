@@ -27,7 +27,9 @@ Shapes: W (m, n), U (m, R), V (R, n), tokens (B, T).
 import argparse
 import json
 import math
+import os
 import sys
+import zipfile
 from dataclasses import InitVar, dataclass
 from functools import reduce
 from pathlib import Path
@@ -432,6 +434,9 @@ def read_text(args: argparse.Namespace, content: dict, config: v10.GPTConfig) ->
     if corpus.sha256 != noted.get("data_sha256", corpus.sha256):
         raise UserError(f"{path} is not the text that {args.checkpoint} was trained on: its checksum differs")
     half = len(corpus.val) // 2 // T * T or len(corpus.val) // 2
+    if len(corpus.val) < 3:
+        raise UserError(f"{path} has {len(corpus.val)} held-out tokens, and their two halves need 3 or more: train "
+                        "with a larger --val-fraction or --val-tokens")
     return Text(path, corpus.train, corpus.val[:half + 1], corpus.val[half:])
 
 
@@ -712,7 +717,7 @@ def tune(args):
     uncut = args.uncut or str(Path(args.checkpoint).parent / content.get("cut_from", ""))
     if not Path(uncut).is_file():
         raise UserError(f"{args.checkpoint} is compared with the model that it was cut from: --uncut CKPT names it")
-    if Path(uncut).resolve() == Path(args.out).resolve():
+    if os.path.realpath(uncut) == os.path.realpath(args.out):
         raise UserError(f"--out {args.out} is the model that {args.checkpoint} was cut from: choose another name")
     whole, uncut_model = load(uncut)
     if (whole["vocabulary"], uncut_model.config) != (content["vocabulary"], model.config):
@@ -958,10 +963,12 @@ def check(args):
         if not path.name or path.is_dir() or Path("/dev") in path.absolute().parents:
             raise UserError(f"{flag} needs the name of a file, not {str(path)!r}")
         others = [other for _, other in written if other is not path] + read + [Path(f) for f in flags.get("files", [])]
-        if path.resolve() in {other.resolve() for other in others}:
+        if os.path.realpath(path) in map(os.path.realpath, others):
             raise UserError(f"{flag} {path} is one of the other files: choose another name")
         if flag != "--log-file" and path.exists() and not args.overwrite:
             raise UserError(f"{path} exists: --overwrite replaces it, {flag} NAME writes elsewhere")
+        if flag == "--out" and path.exists() and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is not a checkpoint: choose another --out")
         with v10.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if flag == "--log-file" and path.exists():
@@ -992,7 +999,8 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        print("compress.py: error: out of memory: try fewer --tokens, or --only linear", file=sys.stderr)
+        advice = "a smaller --batch-size" if args.command == "tune" else "fewer --tokens, or --only linear"
+        print(f"compress.py: error: out of memory: try {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compress.py: interrupted", file=sys.stderr)

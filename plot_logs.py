@@ -1221,6 +1221,13 @@ def screen(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def exit_code(name, folder, kind, work) -> int:
     """Of a script that shows a folder of logs: 0 if `work` succeeds, else 2, and one line says what was wrong."""
     try:
@@ -1232,6 +1239,9 @@ def exit_code(name, folder, kind, work) -> int:
         message = f"{folder} holds other logs than those of {kind} ({error!r})"
     except OSError as error:
         message = f"cannot use {error.filename}: {error.strerror}"
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
     print(f"{name}: error: {message}", file=sys.stderr)
     return 2
 
@@ -1242,8 +1252,8 @@ def home(name: str) -> Path:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="plot_logs.py", description="Makes tables and figures from training logs.",
-                                     allow_abbrev=False)
+    parser = Parser(prog="plot_logs.py", description="Makes tables and figures from training logs.",
+                    allow_abbrev=False)
     parser.add_argument("logs", metavar="LOG", nargs="+", type=Path,
                         help="log of v7, v10, v11, compress.py or the report's own script")
     parser.add_argument("--out", metavar="DIR", type=home,
@@ -1280,6 +1290,9 @@ def main(argv=None):
     except OSError as error:
         print(f"plot_logs.py: error: cannot write {error.filename or out}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("plot_logs.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,7 +6,6 @@
 A page shows a table between <!-- table NAME --> and <!-- end -->. Differences are between runs of one seed. What the
 sentences claim is tested against the logs in tests/test_claims.py.
 """
-import argparse
 import math
 import re
 import sys
@@ -73,7 +72,10 @@ class Study:
         for path in sorted(folder.glob("*.jsonl")):
             name, _, seed = path.stem.rpartition("_s")
             if seed.isdigit():
-                runs[name] += filter(None, [plot_logs.ended(path)])
+                if run := plot_logs.ended(path):
+                    runs[name].append(run)
+                else:
+                    plot_logs.warn(f"{path}: has not ended; left out")
             else:
                 records += [record for _, record in plot_logs.records(path)]
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
@@ -408,11 +410,13 @@ def brought(study):
 
 COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
               "compressed_v11": "v11, 64 to a tenth"}
-CUT_NARROW = {f"compressed_narrow{width}": NARROW[f"narrow{width}_muon_tied"] for width in (136, 80)}
-WAYS = {"compressed_narrow136": [("compressed_narrow136", 1), ("compressed_v11", 1), ("compressed_muon", 0.25),
-                                 ("compressed_dense", 0.25)],  # {a narrower model: ways to as few parameters}
-        "compressed_narrow80": [("compressed_narrow80", 1), ("compressed_narrow136", 0.5), ("compressed_v11", 0.5),
-                                ("compressed_muon", 0.125), ("compressed_dense", 0.125)]}
+CUT_NARROW = {f"compressed_narrow{width}": NARROW[f"narrow{width}_{how}"]
+              for width, how in ((136, "muon_tied"), (80, "muon_tied"), (192, "spectron"))}
+WAYS = {  # {a narrower dense model: ways to as few parameters}
+    "compressed_narrow136": [("compressed_narrow136", 1), ("compressed_narrow192", 1), ("compressed_v11", 1),
+                             ("compressed_muon", 0.25), ("compressed_dense", 0.25)],
+    "compressed_narrow80": [("compressed_narrow80", 1), ("compressed_narrow136", 0.5), ("compressed_narrow192", 0.5),
+                            ("compressed_v11", 0.5), ("compressed_muon", 0.125), ("compressed_dense", 0.125)]}
 CUTS = tuple(f"{metric}, {allocation}" for metric in ("plain", "inputs", "fisher")
              for allocation in ("uniform", "global"))
 
@@ -775,11 +779,11 @@ def compressed_figure(study):
         handles.append(plt.Line2D([], [], color=color, marker="*", markersize=9, label=COMPRESSED[name]))
     for name in (name for name in CUT_NARROW if name in study.compressed):
         losses, (size, *_) = zip(*after_cut(study, name, 1), strict=True)
-        color = plot_logs.COLORS["controlled"]
-        axes.plot(size / 1e6, fmean(losses), "*", markersize=11, color=color)
-        width = study.groups[name].first.settings["d_model"]
-        axes.annotate(f"{width} wide", (size / 1e6, fmean(losses)), (-8, -8), textcoords="offset points", ha="right",
-                      color=color)
+        run = study.groups[name].first
+        color, place, side = ("cut", (8, -3), "left") if run.cuts else ("controlled", (-8, -8), "right")
+        axes.plot(size / 1e6, fmean(losses), "*", markersize=11, color=plot_logs.COLORS[color])
+        axes.annotate(f"{run.settings['d_model']} wide", (size / 1e6, fmean(losses)), place, ha=side,
+                      textcoords="offset points", color=plot_logs.COLORS[color])
     handles += [plt.Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in (
         ("-", "metric: fisher"), ("--", "inputs"), (":", "plain SVD"))]
     axes.set(xscale="log", xlabel="million parameters, embedding and head included",
@@ -864,8 +868,8 @@ def show(folder, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="results.py", description="Makes the study's tables and figures.",
-                                     allow_abbrev=False)
+    parser = plot_logs.Parser(prog="results.py", description="Makes the study's tables and figures.",
+                              allow_abbrev=False)
     parser.add_argument("--study", type=home, default=REFERENCE, help="folder of its logs")
     parser.add_argument("--out", type=home, help="folder of tables.md and figures/; default: the tables go into "
                         "README.md and RESULTS.md, the figures beside the logs")

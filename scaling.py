@@ -141,7 +141,8 @@ class Scaling(study.Study):
         text, folder = self.folder.with_suffix(".tokens"), self.folder
         if not folder.exists():
             shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)  # of a start that was cut off
-            for script, flags in (("synthetic.py", [*TEXT.split(), "--tokens", tokens, "--out", text]),
+            text.with_name(text.name + ".numbers.part").unlink(missing_ok=True)
+            for script, flags in (("synthetic.py", [*TEXT.split(), "--tokens", tokens, "--overwrite", "--out", text]),
                                   ("prepare.py", [text, "--out", folder])):
                 if subprocess.run([sys.executable, v10.HERE / "data" / script, *map(str, flags)]).returncode:
                     raise v10.UserError(f"data/{script} could not make {flags[-1]}: see above")

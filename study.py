@@ -155,7 +155,8 @@ NARROWED = {arm: f"{command} {{{arm}.3}}" for arm, command in NARROW.items()}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
               "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"],
-              **{f"compressed_narrow{width}": NARROWED[f"narrow{width}_muon_tied"] for width in (136, 80)}}
+              **{f"compressed_narrow{width}": NARROWED[f"narrow{width}_{how}"]
+                 for width, how in ((136, "muon_tied"), (80, "muon_tied"), (192, "spectron"))}}
 TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
 COMPRESSIONS = ["spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
                 f"fit {{model}} --loss +5% {TO_CUT}"]
@@ -334,20 +335,22 @@ class Study:
                     if record.get(name) != own.get(name, getattr(self.defaults, name)):
                         raise v10.UserError(f"{self.log(run.stem)} is of another size: choose another --out")
         path = self.out / "words.tokens"
+        is_new = not path.exists()
         if self.args.size != "report":
             text = " ".join(v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS])
-            if not path.exists():
+            if is_new:
                 path.write_text(text, encoding="utf-8")
             elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
         try:
             corpus = self.corpus()
+            texts = {"val": corpus.val}
+            if self.args.test_file:
+                texts["test"] = v10.read_tokens(v10.find_data(self.args.test_file), "words", corpus.vocabulary)
         except v10.UserError:
-            path.unlink(missing_ok=True)
+            if is_new:
+                path.unlink(missing_ok=True)
             raise
-        texts = {"val": corpus.val}
-        if self.args.test_file:
-            texts["test"] = v10.encode(v10.read_words(v10.find_data(self.args.test_file))[0], corpus.vocabulary)
         if not any(record.keys() >= texts.keys() for record in self.records("ngrams", "ngrams")):
             unk = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
             v10.write_record(self.log("ngrams"), "ngrams", **{
@@ -608,6 +611,8 @@ def conduct(kind, parser, argv):
     name = parser.prog
     try:
         study = kind(parser.parse_args(argv))
+        if not study.runs and not study.later:
+            raise v10.UserError(f"--only {' '.join(study.args.only)}: there is no such run of this size")
         if study.args.list:
             for run in [*study.runs, *study.later]:
                 print(f"{'done' if study.done(run) else '-':5} {run.stem:30} {study.describe(run)}")

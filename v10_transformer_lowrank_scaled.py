@@ -573,7 +573,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: main() prints it in one line and returns 1."""
 
 
-ADVICE = "try a smaller --lr, --warmup-steps 100 or --grad-clip 1"  # if training diverges
+ADVICE = "try a smaller --lr (and --eta), --warmup-steps 100 or --grad-clip 1"  # if training diverges
 
 
 # ---- Data: a text, or a file of tokens; the last part is held out ----------------------------------------------------
@@ -603,7 +603,8 @@ def encode(words: list[str], vocabulary: list[str]) -> Tensor:
     tokens = [index.get(word, unknown) for word in words]
     if unknown is None and None in tokens:
         word = words[tokens.index(None)]
-        raise UserError(f"{str(word)[:40]!r} is not in the training vocabulary, which has no <unk> for it")
+        raise UserError(f"{str(word)[:40]!r} is not in the training vocabulary, which has no <unk> for it; trained "
+                        "with --min-count 2 or more, it has")
     return torch.tensor(tokens, dtype=torch.long)
 
 
@@ -782,7 +783,11 @@ def read_numbers(path, val_fraction, vocab_size):
 def read_tokens(path: Path, tokenize: str, vocabulary: list) -> Tensor | TokenFile:
     """Another text than the one that the vocabulary is of -> tokens (N,), all of them known. Raises UserError."""
     if tokenize != "numbers":
-        return encode(read_words(path, tokenize)[0], vocabulary)
+        words, *_ = read_words(path, tokenize)
+        try:
+            return encode(words, vocabulary)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     if not (path.is_file() and holds_tokens(path)):
         raise UserError(f"{path} is not a file of tokens, which it has to be for a vocabulary of numbers")
     tokens = read_numbered(path, len(vocabulary))
@@ -1118,9 +1123,13 @@ def build_run(request):
     if checkpoint:
         model = build_model(checkpoint, variant.linear)
     elif request.start:
-        model = start_from(request.start, variant, args.dropout)
+        try:
+            model = start_from(request.start, variant, args.dropout)
+        except UserError as error:
+            raise UserError(f"--init-from {args.init_from}: {error}") from None
     else:
-        ranks = itertools.chain(request.initial_ranks, itertools.repeat(getattr(args, "init_rank", None)))
+        given = request.initial_ranks or [getattr(args, "init_rank", None)]
+        ranks = itertools.chain(given, itertools.repeat(given[-1]))
         config = GPTConfig.of_flags(args, len(request.corpus.vocabulary))
         model = GPT(config, lambda n, m: variant.linear(n, m, next(ranks)))
         if request.initial_ranks and request.initial_ranks != model.ranks():
@@ -1704,8 +1713,11 @@ class Files(NamedTuple):
         for path in files:
             if path.exists() and not path.is_file() or Path("/dev") in path.absolute().parents:
                 raise UserError(f"cannot write {path}: {'Is a directory' if path.is_dir() else 'not a plain file'}")
-        if len({path.resolve() for path in (*files, *data)}) < len((*files, *data)):
-            raise UserError("--log-file, --checkpoint and the data need different names")
+        names = [os.path.realpath(path) for path in (*files, *data)]
+        for path, name in zip(files, names, strict=False):
+            if names.count(name) > 1:
+                raise UserError(f"{path} would be written, and is another file too: --log-file, --checkpoint and what "
+                                "is read need different names")
         return files
 
     def claim(self, locks):
@@ -1991,8 +2003,8 @@ def check_start(content, args, vocabulary):
     except (TypeError, LookupError):
         raise UserError(f"{args.init_from} does not hold a model of this suite") from None
     asked = asdict(GPTConfig.of_flags(args, len(vocabulary))) | {"vocab_size": config["vocab_size"]}
-    flags = [f"--{name.replace('_', '-')} {config[name]}".replace(" True", "") for name in asked
-             if config[name] != asked[name]]
+    flags = [f"--{'no-' * (value is False)}{name.replace('_', '-')}" + f" {value}" * (not isinstance(value, bool))
+             for name, value in config.items() if value != asked[name]]
     if flags:
         raise UserError(f"{args.init_from} holds another model, of {' '.join(flags)}")
     if content["vocabulary"] != vocabulary:
@@ -2130,7 +2142,8 @@ def add_model_flags(parser):
     flag("--dropout", type=FRACTION, default=GPTConfig.dropout, help="dropout probability")
     flag("--tie-embeddings", action=argparse.BooleanOptionalAction, default=GPTConfig.tie_embeddings,
          help="the head's matrix is the token embedding's")
-    flag("--share-layers", action="store_true", help="all blocks have the linear layers of the first")
+    flag("--share-layers", action=argparse.BooleanOptionalAction, default=GPTConfig.share_layers,
+         help="all blocks have the linear layers of the first")
     flag("--init-from", type=PATH, metavar="CKPT", help="start from the weights and ranks of a checkpoint, also of one "
          "that compress.py has cut, without its optimizer; sizes and vocabulary have to be its own")
 

@@ -25,6 +25,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plot_logs import Parser, screen  # noqa: E402
+
 CHUNK = 2**22  # bytes of a text, or tokens, at a time
 LONGEST = 2**24  # letters of a word
 
@@ -179,8 +182,8 @@ def check(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Turns texts of any size into a folder of tokens for --data-file.",
-                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Turns texts of any size into a folder of tokens for --data-file.", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def path(name):
         return Path(name).expanduser()
@@ -210,9 +213,10 @@ def main(argv=None):
         parser.error(str(error))
     except MemoryError:
         parser.error("out of memory: the vocabulary is too large; --tokenize bytes has 256 words at most")
-    floor = f", entropy floor {index['entropy_floor']:.4f} nats per token" if "entropy_floor" in index else ""
-    print(f"{args.check or args.out}: {index['tokens']:,} tokens, {len(index['vocabulary']):,} words{floor}"
-          + ("; the checksum is right" if args.check else ""))
+    known = isinstance(index.get("entropy_floor"), float)
+    floor = f", entropy floor {index['entropy_floor']:.4f} nats per token" if known else ""
+    screen(f"{args.check or args.out}: {index['tokens']:,} tokens, {len(index['vocabulary']):,} words{floor}"
+           + ("; the checksum is right" if args.check else ""))
     return 0
 
 

@@ -6,7 +6,7 @@ from the words before, and the best possible prediction is that of the forward a
 tokens is computed exactly and written beside the text, in nats per token, with what identifies the text: SHA-256 and
 val_fraction.
 
-    python3 data/synthetic.py                                          the corpus that is committed
+    python3 data/synthetic.py --overwrite                              the corpus that is committed
     python3 data/synthetic.py --tokens 2051910 --words 33277 --out big.tokens       WikiText-2's shape
 
 The text begins with a list of all words in random order, so that the vocabulary has exactly --words words. It is made
@@ -24,6 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plot_logs import Parser, screen  # noqa: E402
 
 BLOCK = 2**20  # tokens at a time
 READERS = 2**12  # blocks of --context at a time
@@ -87,7 +90,8 @@ def memory(generator):
     if not least[0]:
         return np.inf
     D = np.log((1 - generator.switch + least) / least).sum()
-    return np.log(D / 1e-17) / -np.log(np.tanh(D / 4))
+    rate = 2 * np.arctanh(np.exp(-D / 2))  # -log(tanh(D / 4)), also where the tangent rounds to 1
+    return np.log(D / 1e-17) / rate if rate else np.inf
 
 
 def token_losses(generator, pieces, first=0):
@@ -163,6 +167,11 @@ def write(args):
     parts = [args.out.with_name(args.out.name + end) for end in (".numbers.part", ".part", ".json.part")]
     numbers, text, sidecar = parts
     try:
+        numbers.touch(exist_ok=False)
+    except FileExistsError:
+        raise FileExistsError(None, f"{numbers} exists: it is another run's, or left by one that was cut off; remove "
+                              "it") from None
+    try:
         with numbers.open("wb") as file, tqdm(total=args.tokens - args.words, unit="token", unit_scale=True,
                                               disable=None) as bar:
             kept, losses = itertools.tee(sample(generator, args.tokens - args.words, rng))
@@ -183,7 +192,7 @@ def write(args):
                 rest = words[whole:]
                 digest.update(data)
                 file.write(data)
-        settings = {name: value for name, value in vars(args).items() if name not in ("out", "context")}
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "context")}
         if args.context:
             step = args.context * READERS
             total = sum(block_losses(generator, drawn[i:i + step + 1].astype(np.int64), args.context).sum()
@@ -203,8 +212,8 @@ def write(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Writes a synthetic corpus of known entropy.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Writes a synthetic corpus of known entropy.", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tokens", type=int, default=200_000, help="length, the list of all words included")
     parser.add_argument("--words", type=int, default=1_000, help="size of the vocabulary")
     parser.add_argument("--topics", type=int, default=4, help="hidden topics")
@@ -217,6 +226,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=lambda name: Path(name).expanduser(),
                         default=Path(__file__).with_name("synthetic.tokens"))
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out and its .json")
     args = parser.parse_args(argv)
     for wrong, message in ((max(args.tokens, args.words, args.topics, args.classes) > 10**9,
                             "--tokens, --words, --topics and --classes must be at most a billion"),
@@ -234,6 +244,9 @@ def main(argv=None):
                            (args.out.suffix == ".json", "--out must not end in .json, which is the sidecar's name")):
         if wrong:
             parser.error(message)
+    for path in (args.out, args.out.with_suffix(".json")):
+        if path.is_file() and not args.overwrite:
+            parser.error(f"{path} exists: --overwrite replaces it, --out NAME writes elsewhere")
 
     try:
         floor = write(args)
@@ -242,8 +255,8 @@ def main(argv=None):
     except OSError as error:
         parser.error(f"cannot write {args.out}: {error.strerror}")
     held_out = args.tokens - int((1 - args.val_fraction) * args.tokens)
-    print(f"{args.out}: {args.tokens:,} tokens, {args.words:,} words, entropy floor {floor:.4f} nats per token "
-          f"(perplexity {np.exp(floor):.1f}) on the last {held_out:,}")
+    screen(f"{args.out}: {args.tokens:,} tokens, {args.words:,} words, entropy floor {floor:.4f} nats per token "
+           f"(perplexity {np.exp(floor):.1f}) on the last {held_out:,}")
     return 0
 
 

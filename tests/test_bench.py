@@ -97,9 +97,14 @@ def test_the_floor_counts_the_reports_products():
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--show", "nowhere.json"], "No such file"), (["--rank", "3"], "at least 4"), (["--batch-size", "5"], "even"),
-    (["--d-model", "20", "--n-heads", "3"], "multiple"), (["--log-file", "/dev/null/x"], "/dev/null")])
-def test_a_mistake_is_told_in_a_line(flags, message, capsys):
-    assert bench.main(flags) == 2
+    (["--d-model", "20", "--n-heads", "3"], "multiple"), (["--log-file", "/dev/null/x"], "/dev/null"),
+    (["--words", "8"], "--words must be at least --d-model"), (["--log-file", "."], "needs the name of a file"),
+    *(([flag, "{thesis}"], "thesis does not hold results of bench.py") for flag in ("--log-file", "--show"))])
+def test_a_mistake_is_told_in_a_line_before_the_work(flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "measure", lambda args: pytest.fail("the work has begun"))
+    (tmp_path / "thesis").write_text("[1, 2]")
+    assert bench.main([flag.format(thesis=tmp_path / "thesis") for flag in flags]) == 2
+    assert (tmp_path / "thesis").read_text() == "[1, 2]"
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

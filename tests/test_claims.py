@@ -275,7 +275,8 @@ def energy(kind, column):
     return f"{fmean(row[column].values):.0%}"
 
 
-DENSE, MUON, V11, NARROW = (f"compressed_{name}" for name in ("dense", "muon", "v11", "narrow136"))
+DENSE, MUON, V11, NARROW, NARROWER, WIDER = (f"compressed_{name}" for name in (
+    "dense", "muon", "v11", "narrow136", "narrow80", "narrow192"))
 
 
 def interval_of(values, others):
@@ -298,11 +299,14 @@ SENTENCES_OF_COMPRESSION = [
     lambda: f"keep {fits(DENSE, kept, '.0%')} of all parameters after AdamW and {fits(MUON, kept, '.0%')} after Muon, "
             f"at {fits(DENSE, rise, '+.1%')} and {fits(MUON, rise, '+.1%')} on the reporting half.",
     lambda: f"v11's is within 5% on the half that decided, and {fits(V11, rise, '.1%')} worse on the other,",
-    lambda: f"At 1.5 million, the model of width 136 ends {above(compared(V11), compared(NARROW))} nats below v11 as "
-            f"it was trained and {above(compared(DENSE, 0.25), compared(NARROW))} below the dense model with AdamW, "
-            f"cut to a quarter. From the one with Muon, cut to a quarter, it cannot be told "
-            f"({above(compared(MUON, 0.25), compared(NARROW))}),",
-    lambda: f"are nearly level ({above(compared(NARROW, 0.5), compared('compressed_narrow80'))}),",
+    lambda: f"At 1.5 million, neither the v11 of width 192 ({above(compared(WIDER), compared(NARROW))} above the model "
+            f"of width 136) nor the dense model with Muon, cut to a quarter "
+            f"({above(compared(MUON, 0.25), compared(NARROW))} above it, at four times its multiplications), can be "
+            "told from it.",
+    lambda: f"The v11 of width 256 is {above(compared(V11), compared(NARROW))} above it, the dense model with AdamW, "
+            f"cut to a quarter, {above(compared(DENSE, 0.25), compared(NARROW))}.",
+    lambda: f"is nearly level with the one of width 80 ({above(compared(NARROW, 0.5), compared(NARROWER))}), and half "
+            f"of the v11 of width 192 too (+{above(compared(WIDER, 0.5), compared(NARROWER))});",
     lambda: f"where v11 is {above(compared(V11), compared(DENSE))} above the dense model with AdamW, although the two "
             "are level on the whole held-out text (section 10).",
     lambda: f"{share_of_ends(V11)} of its parameters are embedding and head",
@@ -627,7 +631,7 @@ def test_no_way_to_few_parameters_is_clearly_better_than_a_narrower_model():
             differences = [a - b for a, b in zip(compared(name, keep), compared(narrow), strict=True)]
             assert results.interval(differences)[1] > 0, (name, keep)
     for name, keep in ((V11, 0.5), (DENSE, 0.125), (MUON, 0.125)):
-        differences = [a - b for a, b in zip(compared(name, keep), compared("compressed_narrow80"), strict=True)]
+        differences = [a - b for a, b in zip(compared(name, keep), compared(NARROWER), strict=True)]
         assert results.interval(differences)[0] > 0, "far below"
     assert ratio(MUON, NARROW, multiplications) == pytest.approx(4, abs=0.3)
 

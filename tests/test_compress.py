@@ -511,7 +511,7 @@ def test_training_starts_from_a_checkpoint_of_another_script_or_a_cut_one(traine
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--d-model", "16"], "holds another model, of --d-model 32"),
-    (["--tie-embeddings"], "of --tie-embeddings False"),
+    (["--tie-embeddings"], "of --no-tie-embeddings"), (["--share-layers"], "of --no-share-layers"),
     (["--ranks-from", "{log}"], "--init-from and --ranks-from exclude each other"),
     (["--init-from", "{text}"], "is not a checkpoint of this suite"),
     (["--min-count", "150"], "has another vocabulary, of 40 words")])

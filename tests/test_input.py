@@ -139,6 +139,7 @@ OF_V11 = [
     (["--telemetry", "--compile"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing of the run"),
     (["--init-rank", "17"], "--init-rank 17 is not between 1 and 16"), (["--data-file", "tail"], "a block needs 9"),
     (["--init-rank", "17", "--no-fixed-rank", "--cuts", "0"], "--init-rank 17 is not between 2 and 16"),
+    (["--test-file", "strange"], "strange: 'elsewhere' is not in the training vocabulary, which has no <unk> for it"),
     (["--no-fixed-rank"], "--cuts and --no-fixed-rank exclude each other"), (["--cuts", "-1"], "at least 0"),
     (["--optimizer-on-resize", "reinit"], "--optimizer-on-resize reinit needs --cuts 0"),
     (["--cut-from", "0.7"], "--cut-to 0.65 is before --cut-from 0.7"), (["--cut-to", "1"], "below 1"),

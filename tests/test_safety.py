@@ -210,6 +210,17 @@ def test_a_second_ctrl_c_leaves_at_once_but_not_within_a_second(text, tmp_path):
 
 # ---- A screen that is gone -------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("screen", ["> /dev/full", "| true"])
+def test_a_screen_that_is_gone_ends_no_corpus(tmp_path, screen):
+    command = shlex.join(map(str, [sys.executable, ROOT / "data" / "synthetic.py", "--tokens", 2000, "--words", 100,
+                                   "--out", "made.tokens"]))
+    prepare = shlex.join(map(str, [sys.executable, ROOT / "data" / "prepare.py", "made.tokens", "--out", "made"]))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {screen} && {prepare} {screen}"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "made" / "tokens.bin").exists()
+
+
 @pytest.mark.parametrize("screen", ["> /dev/full", ">&- 2>&-", "| head -1", "2> /dev/full"])
 def test_a_screen_that_is_gone_ends_no_run(text, tmp_path, screen):
     command = shlex.join(map(str, [sys.executable, ROOT / "v10_transformer_lowrank_scaled.py", "--data-file", text,
@@ -295,7 +306,7 @@ def test_a_disk_that_really_takes_no_more_is_one_line_and_loses_no_record(text, 
 
 
 @pytest.mark.parametrize(("script", "flags", "full"), [
-    ("data/synthetic.py", ["--out", "corpus.tokens"], "corpus.tokens"),
+    ("data/synthetic.py", ["--out", "corpus.tokens", "--overwrite"], "corpus.tokens"),
     ("plot_logs.py", [ROOT / "logs/reference/demo/v10.jsonl", "--out", "figures"], "figures")])
 def test_a_full_disk_costs_the_other_scripts_no_file_that_was_there(tmp_path, script, flags, full):
     program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"

@@ -176,7 +176,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 5 * (24 + 14 + 7) + 3 * 5
+    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 5 * (24 + 14 + 7) + 3 * 6
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -211,7 +211,9 @@ def test_a_study_of_the_reports_size_has_no_arms_of_the_small_ones_widths_and_st
     (["--data-file", "nowhere"], "there is no nowhere: `make data` fetches WikiText-2"),
     (["--test-file", "nowhere"], "there is no nowhere"), (["--unknown"], "unrecognized"),
     (["--data-file", "{tiny}/ngrams.jsonl"], "training tokens, and a block needs"),
-    (["--size", "report", "--out", "{tiny}"], "is of another size")])
+    (["--size", "report", "--out", "{tiny}"], "is of another size"),
+    (["--size", "report", "--only", "narrow80_muon"], "--only narrow80_muon: there is no such run of this size"),
+    (["--test-file", str(ROOT / "README.md")], "README.md: ")])
 def test_wrong_requests_are_refused_in_one_line(tiny, tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(study.Study, "all", lambda *_: pytest.fail("runs have begun"))
     out = tmp_path / "out"
@@ -381,12 +383,15 @@ def test_a_study_of_one_seed_and_no_second_text_has_its_tables_and_figures_witho
         plot_logs.plt.close("all")
 
 
-def test_a_run_that_has_not_ended_does_not_count(tmp_path):
+def test_a_run_that_has_not_ended_does_not_count_and_is_named(tmp_path, capsys):
     copied(tmp_path / "study", "dense_s1")
     v10.write_record(tmp_path / "study" / "just_begun_s0.jsonl", "run", seed=0)
     log = tmp_path / "study" / "dense_s1.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert [run.settings["seed"] for run in results.Study(tmp_path / "study").groups["dense"].runs] == [0, 2]
+    said = capsys.readouterr().err
+    assert said.count("has not ended; left out") == 2
+    assert "just_begun_s0.jsonl" in said
 
 
 def test_a_difference_is_between_runs_of_one_seed():

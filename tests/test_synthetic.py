@@ -82,14 +82,14 @@ def test_the_floor_in_context_does_not_depend_on_how_many_blocks_are_read_at_a_t
     flags = ("--tokens", 20_000, "--words", 100, "--val-fraction", 0.3, "--context", 7)
     at_once = make(tmp_path, *flags)[1]["context_floor"]
     monkeypatch.setattr(synthetic, "READERS", 3)
-    assert make(tmp_path, *flags)[1]["context_floor"] == pytest.approx(at_once, rel=1e-12)
+    assert make(tmp_path, *flags, "--overwrite")[1]["context_floor"] == pytest.approx(at_once, rel=1e-12)
 
 
 def test_the_floor_in_context_lies_above_the_entropy_and_meets_it_where_topics_say_nothing(tmp_path):
-    wide, narrow = (make(tmp_path, "--tokens", 20_000, "--words", 100, "--val-fraction", 0.5, "--context", context)[1]
-                    for context in (64, 4))
+    flags = ["--overwrite", "--tokens", 20_000, "--words", 100, "--val-fraction", 0.5]
+    wide, narrow = (make(tmp_path, *flags, "--context", context)[1] for context in (64, 4))
     assert wide["entropy_floor"] < wide["context_floor"] < narrow["context_floor"]
-    one_topic = make(tmp_path, "--tokens", 20_000, "--words", 100, "--topics", 1, "--context", 4)[1]
+    one_topic = make(tmp_path, "--overwrite", "--tokens", 20_000, "--words", 100, "--topics", 1, "--context", 4)[1]
     assert one_topic["context_floor"] == pytest.approx(one_topic["entropy_floor"], rel=1e-12)
 
 
@@ -149,6 +149,7 @@ def test_what_is_long_forgotten_need_not_be_read(zipf):
     assert last[-1] == pytest.approx(every[-1], rel=1e-14)
     assert last[skipped] != pytest.approx(every[skipped], rel=1e-6), "it began with another belief"
     assert synthetic.memory(small(0.0)) == np.inf
+    assert synthetic.memory(small(1e-17)) > 1e17, "not nothing, where a step brings beliefs no closer in float64"
     assert synthetic.memory(small(1.0)) == synthetic.memory(small(0.3, topics=1)) == 0
 
 
@@ -158,6 +159,29 @@ def test_topics_are_as_frequent_as_asked_for():
     own = np.repeat(np.eye(3)[:, None], 3, axis=1)  # (topics, classes, classes)
     classes = sampled(generator._replace(transitions=own), 100_000) % 3
     assert np.bincount(classes) / 100_000 == pytest.approx(shares_of(1.5), abs=0.01)
+
+
+def test_a_rare_topic_does_not_make_the_floor_zero(tmp_path):
+    _, rare, _ = make(tmp_path, "--tokens", 3000, "--words", 100, "--topics", 64, "--topic-zipf", 9)
+    assert 1 < rare["entropy_floor"] < np.log(100)
+
+
+def test_nothing_is_replaced_unasked_and_two_at_once_do_not_mix(tmp_path, capsys):
+    flags = ["--tokens", 3000, "--words", 200]
+    before, _, out = make(tmp_path, *flags)
+    (tmp_path / "notes.json").write_text("mine")
+    for name, said in (("corpus.tokens", "corpus.tokens exists: --overwrite"), ("notes.txt", "notes.json exists")):
+        with pytest.raises(SystemExit, match="2"):
+            make(tmp_path, *flags, "--seed", 1, name=name)
+        assert said in capsys.readouterr().err
+    other = tmp_path / "corpus.tokens.numbers.part"
+    other.write_text("another run's")
+    with pytest.raises(SystemExit, match="2"):
+        make(tmp_path, *flags, "--seed", 1, "--overwrite")
+    assert "exists: it is another run's" in capsys.readouterr().err
+    assert (out.read_text().split(), other.read_text()) == (before, "another run's")
+    other.unlink()
+    assert make(tmp_path, *flags, "--seed", 1, "--overwrite")[0] != before
 
 
 def test_the_seed_sets_the_text(tmp_path):

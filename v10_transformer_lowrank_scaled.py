@@ -1714,10 +1714,10 @@ class Files(NamedTuple):
             if path.exists() and not path.is_file() or Path("/dev") in path.absolute().parents:
                 raise UserError(f"cannot write {path}: {'Is a directory' if path.is_dir() else 'not a plain file'}")
         names = [os.path.realpath(path) for path in (*files, *data)]
-        for path, name in zip(files, names, strict=False):
+        for path, name in zip((*files, *data), names, strict=True):
             if names.count(name) > 1:
-                raise UserError(f"{path} would be written, and is another file too: --log-file, --checkpoint and what "
-                                "is read need different names")
+                raise UserError(f"{path} is named twice: --log-file, --checkpoint and what is read need different "
+                                "names")
         return files
 
     def claim(self, locks):

@@ -21,7 +21,7 @@ import study
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
-from conftest import ROOT, records, untimed
+from conftest import ROOT, records, unpainted, untimed
 
 REFERENCE = ROOT / "logs" / "reference" / "study"
 TINY = [sys.executable, ROOT / "study.py", "--short", "--seeds", "1", "--test-file", "", "--only", "retrained",
@@ -358,7 +358,7 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
 
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys, monkeypatch):
     readme, painted = (ROOT / "README.md").read_bytes(), []
-    monkeypatch.setattr(plot_logs, "save", lambda figure, path: painted.append(path))
+    monkeypatch.setattr(plot_logs, "save", lambda figure, path: (painted.append(path), unpainted(figure, path)))
     assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
     tables, figures = results.available(reference())
     assert (tmp_path / "tables.md").read_text().count("\n## ") == len(tables) - 1

@@ -187,8 +187,9 @@ def fit(value, form, name=""):
         good, wanted = KINDS[form](value), form
     elif isinstance(form, dict):
         good, wanted = isinstance(value, dict) and (value or ... not in form), "an object" + of_some * (... in form)
-        if good:
-            form = dict.fromkeys(value, form[...]) if ... in form else form
+        if good and ... in form:
+            inside = [(item, form[...], f"{name}[{json.dumps(key)[:60]}]") for key, item in value.items()]
+        elif good:
             inside = [(value.get(key.removesuffix("?")), of, f"{name}.{key.removesuffix('?')}".lstrip("."))
                       for key, of in form.items()
                       if not key.endswith("?") or value.get(key.removesuffix("?")) is not None]

@@ -372,9 +372,10 @@ def test_plots_show_what_compress_did_beside_runs_or_alone(trained, tmp_path, ca
     ({"loss": "low"}, 'loss should be a number, not "low"'), ({"command": "shrink"}, "an unknown command"),
     ({"metric": 3}, "metric should be text"), ({"after": {}}, "after.all should be a whole number above 0, not null"),
     ({"checkpoint": None}, "checkpoint should be text"), ({"ranks": {"0.q": 3}}, "of the same matrices"),
-    ({"ranks": {"0.q": 3, "0.k": "all"}}, 'ranks.0.k should be a rank or null, not "all"'),
+    ({"ranks": {"0.q": 3, "0.k": "all"}}, 'ranks["0.k"] should be a rank or null, not "all"'),
+    ({"ranks": {"0.q\n?": 0, "0.k": 3}}, r'ranks["0.q\n?"] should be a rank or null, not 0'),
     ({"ranks": {}}, "ranks should be an object that is not empty, not {}"), ({"kind": "epoch"}, "no epoch in it"),
-    ({"command": "spectrum", "matrices": {"w": {"shape": [3]}}}, "matrices.w.shape should be a list of 2, not [3]"),
+    ({"command": "spectrum", "matrices": {"w": {"shape": [3]}}}, 'matrices["w"].shape should be a list of 2, not [3]'),
     ({"command": "tune", "models": []}, "models should be a list that is not empty")])
 def test_a_damaged_record_of_compress_is_told_in_one_line(tmp_path, capsys, change, said):
     sizes = {"all": 9, "linear": 5, "ends": 3}

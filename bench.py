@@ -339,16 +339,25 @@ def section(results):
                       f"|---|{'--:|' * len(measured)}", *rows, *svds])
 
 
+def read_results(path):
+    """What an earlier run wrote. Raises UserError for another file."""
+    try:
+        results = json.loads(path.read_text())
+    except ValueError:
+        results = None
+    if not isinstance(results, dict) or not str(results.get("command")).startswith("python3 bench.py"):
+        raise v10.UserError(f"{path} does not hold results of bench.py: choose another file")
+    return results
+
+
 def check_log(log):
     """Raises UserError, before the work, if the results cannot be written there, or if it is another file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.is_dir():
         raise v10.UserError(f"--log-file needs the name of a file, not {str(log)!r}")
-    with log.open("a+b") as file:
-        file.seek(0)
-        head = file.read(200)
-        if head and not head.lstrip(b"{ \n").startswith(b'"command": "python3 bench.py'):
-            raise v10.UserError(f"{log} does not hold results of bench.py: choose another --log-file")
+    log.touch()
+    if log.stat().st_size:
+        read_results(log)
 
 
 def main(argv=None):
@@ -381,9 +390,7 @@ def main(argv=None):
             here(step, args)
             return 0
         if show:
-            results = json.loads(Path(show).read_text())
-            if not isinstance(results, dict) or not str(results.get("command")).startswith("python3 bench.py"):
-                raise v10.UserError(f"{show} does not hold results of bench.py")
+            results = read_results(Path(show))
         else:
             check_log(Path(log))
             device = v10.pick_device(args.device)

@@ -248,14 +248,22 @@ def records(path: Path, quiet: bool = False) -> list[tuple[int, object]]:
 
 def ended(path: Path) -> Run | None:
     """The run of a log, None if it has not ended. Raises LogError."""
-    found = [record for _, record in records(path, quiet=True)]
-    return read_log(path, path.stem) if any(isinstance(r, dict) and r.get("kind") == "end" for r in found) else None
+    run = read_run(path, path.stem, quiet=True)
+    return run if run.end else None
 
 
 def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
-    """A log -> Run. Raises LogError."""
+    """A log -> Run. Raises LogError, also if it has no epoch yet."""
+    run = read_run(path, name, init_rank)
+    if not run.epochs:
+        raise LogError(f"{path}: no epoch in it yet")
+    return run
+
+
+def read_run(path: Path, name: str, init_rank: float = 64, quiet: bool = False) -> Run:
+    """A log -> Run, which may have only begun. Raises LogError."""
     run = Run(name)
-    for number, record in records(path):
+    for number, record in records(path, quiet):
         try:
             kind = check(record, run)
         except ValueError as error:
@@ -276,10 +284,8 @@ def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
             run.end = record
         else:
             warn(f"{path}:{number}: left out: a record of an unknown kind, {str(kind)[:60]!r}")
-    if not run.epochs:
-        raise LogError(f"{path}: no epoch in it yet")
     run.written = path.stat().st_mtime
-    if run.final_ranks:
+    if run.epochs and run.final_ranks:
         run.assumed = not run.settings.get("initial_ranks")
         run.initial_rank = init_rank if run.assumed else fmean(run.settings["initial_ranks"])
     return run

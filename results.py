@@ -441,13 +441,13 @@ def after_cut(study, name, keep):
 def ways(study):
     """Ways to a small model: to train it narrow, as v11, or wide and cut it."""
     rows = []
-    for narrow, of_size in WAYS.items():
+    for narrower, of_size in WAYS.items():
         for name, keep in of_size:
-            losses, sizes = zip(*after_cut(study, name, keep), strict=True)
-            above = [loss - other for loss, (other, _) in zip(losses, after_cut(study, narrow, 1), strict=True)]
+            losses, kept = zip(*after_cut(study, name, keep), strict=True)
+            above = [loss - other for loss, (other, _) in zip(losses, after_cut(study, narrower, 1), strict=True)]
             rows.append([(COMPRESSED | CUT_NARROW)[name] + (f", cut to {keep:.4g}" if keep < 1 else ""),
-                         Cell(fmean(sizes) / 1e6, ".2f"), plus_minus(losses, ".3f"),
-                         DASH if keep == 1 and name == narrow else with_interval(above), work(study, name)])
+                         Cell(fmean(kept) / 1e6, ".2f"), plus_minus(losses, ".3f"),
+                         DASH if keep == 1 and name == narrower else with_interval(above), work(study, name)])
     return Table("ways", "", [f"n = {len(losses)}", "M parameters in all", "loss on the second half",
                               f"{DASH} the narrower model (95% interval)",
                               "multiplications to train (dense, AdamW: 1)"], rows)

@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import signal
-import string
 import subprocess
 import sys
 import threading
@@ -176,9 +175,8 @@ def variant_of(command):
     return VARIANTS[command.split()[0]]()
 
 
-def placeholders(command):
-    """[(what a placeholder begins with: a run, an arm, `search`, `speed` or a plain value; what follows its dot)]."""
-    return [tuple(field.partition(".")[::2]) for _, field, _, _ in string.Formatter().parse(command) if field]
+# What a placeholder begins with: a run, an arm, `search`, `speed`, `equal_flop` or a plain value; what follows its dot.
+PLACEHOLDER = re.compile(r"{(\w+)\.?(\w*)}")
 
 
 def tries_before(arm, last):
@@ -241,7 +239,7 @@ class Study:
     def needs(self, run):
         """The stems of the runs that must have ended before this one, as its command names them."""
         needed = []
-        for name, what in placeholders(COMMANDS[run.name]):
+        for name, what in PLACEHOLDER.findall(COMMANDS[run.name]):
             if name in TUNED and what.isdigit():
                 needed += [f"{name}_s0" for name in tries_before(name, what)]
             elif name in COMMANDS:
@@ -276,15 +274,15 @@ class Study:
 
     def fill(self, command, seed):
         """A command with its placeholders filled in."""
-        return re.sub(r"{(\w+)\.?(\w*)}", lambda found: str(self.value(*found.groups(), seed)), command)
+        return PLACEHOLDER.sub(lambda found: str(self.value(*found.groups(), seed)), command)
 
     def value(self, name, what, seed):
         """What {name} or {name.what} stands for in a run of this seed."""
         if name in TUNED and what.isdigit():
-            return self.fill(self.best(tries_before(name, what), "final_val_loss"), seed)
+            return self.fill(self.lowest(tries_before(name, what), "final_val_loss"), seed)
         match name, what:
             case "search", "best":
-                return self.fill(self.best(SEARCH, "best_val_loss").removeprefix("v7 {size}"), seed)
+                return self.fill(self.lowest(SEARCH, "best_val_loss").removeprefix("v7 {size}"), seed)
             case "speed", "epochs":
                 return round(self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"] * self.defaults.epochs)
             case "equal_flop", arm:
@@ -299,7 +297,7 @@ class Study:
                 "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
                 "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}[name]
 
-    def best(self, commands, loss):
+    def lowest(self, commands, loss):
         """Of {name: command} the one whose run ended with the lowest loss."""
         return commands[min(commands, key=lambda name: self.records(f"{name}_s0", "end")[0][loss])]
 

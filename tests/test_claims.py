@@ -260,8 +260,13 @@ def compared(name, keep=1):
     return [loss for loss, _ in results.after_cut(STUDY, name, keep)]
 
 
+def gaps(values, others):
+    """[for each seed: one of these numbers above the other]"""
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
 def above(values, others):
-    return results.plus_minus([value - other for value, other in zip(values, others, strict=True)], ".3f")
+    return results.plus_minus(gaps(values, others), ".3f")
 
 
 def share_of_ends(name):
@@ -277,11 +282,6 @@ def energy(kind, column):
 
 DENSE, MUON, V11, NARROW, NARROWER, WIDER = (f"compressed_{name}" for name in (
     "dense", "muon", "v11", "narrow136", "narrow80", "narrow192"))
-
-
-def interval_of(values, others):
-    """The 95% interval of the difference of two lists of numbers, seed by seed."""
-    return from_to([v - o for v, o in zip(values, others, strict=True)])
 
 
 SENTENCES_OF_COMPRESSION = [
@@ -628,11 +628,9 @@ def test_narrower_models_are_of_the_sizes_and_in_the_order_that_the_pages_say():
 def test_no_way_to_few_parameters_is_clearly_better_than_a_narrower_model():
     for narrow, ways in results.WAYS.items():
         for name, keep in ways[1:]:
-            differences = [a - b for a, b in zip(compared(name, keep), compared(narrow), strict=True)]
-            assert results.interval(differences)[1] > 0, (name, keep)
+            assert results.interval(gaps(compared(name, keep), compared(narrow)))[1] > 0, (name, keep)
     for name, keep in ((V11, 0.5), (DENSE, 0.125), (MUON, 0.125)):
-        differences = [a - b for a, b in zip(compared(name, keep), compared(NARROWER), strict=True)]
-        assert results.interval(differences)[0] > 0, "far below"
+        assert results.interval(gaps(compared(name, keep), compared(NARROWER)))[0] > 0, "far below"
     assert ratio(MUON, NARROW, multiplications) == pytest.approx(4, abs=0.3)
 
 

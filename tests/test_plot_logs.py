@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 
-import matplotlib.figure
 import matplotlib.text
 import pytest
 
 import plot_logs
 import v7_transformer_dense_baseline as v7
-from conftest import ROOT, write_sidecar
+from conftest import ROOT, unpainted, write_sidecar
 
 FINAL = [10, 10, 18, 24, 10, 10, 10, 10, 22, 23, 24, 22, 17, 14, 15, 20, 17, 27, 10, 13, 11, 25, 18, 32, 11, 10, 10, 22,
          13, 27, 9, 10, 11, 23, 14, 26]
@@ -41,10 +40,10 @@ def painted():
 
 
 @pytest.fixture(autouse=True)
-def unpainted(request, monkeypatch):
-    """Painting a figure takes half a second: elsewhere it is a file without a picture."""
+def few_pictures(request, monkeypatch):
+    """Elsewhere figures are files without a picture."""
     if "painted" not in request.fixturenames:
-        monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: path.touch())
+        monkeypatch.setattr(plot_logs, "save", unpainted)
 
 
 @pytest.fixture

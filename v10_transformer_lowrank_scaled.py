@@ -41,7 +41,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -603,8 +602,8 @@ def encode(words: list[str], vocabulary: list[str]) -> Tensor:
     tokens = [index.get(word, unknown) for word in words]
     if unknown is None and None in tokens:
         word = words[tokens.index(None)]
-        raise UserError(f"{str(word)[:40]!r} is not in the training vocabulary, which has no <unk> for it; trained "
-                        "with --min-count 2 or more, it has")
+        advice = "; trained with --min-count 2 or more, it has" if isinstance(word, str) else ""
+        raise UserError(f"{str(word)[:40]!r} is not in the training vocabulary, which has no <unk> for it{advice}")
     return torch.tensor(tokens, dtype=torch.long)
 
 
@@ -614,15 +613,12 @@ class TokenFile:
 
     device, is_cuda = torch.device("cpu"), False
 
-    def __init__(self, path: Path, dtype: str, vocab_size: int, offset: int = 0):
-        self.path, self.vocab_size, self.tokens = path, vocab_size, np.memmap(path, dtype, "r", offset)
+    def __init__(self, path: Path, tokens: np.memmap, vocab_size: int):
+        self.path, self.tokens, self.vocab_size = path, tokens, vocab_size
 
     def tensor_split(self, places):
         """As a tensor's: the parts between these places, nothing read yet."""
-        parts = [copy(self) for _ in (*places, None)]
-        for part, tokens in zip(parts, np.split(self.tokens, places), strict=True):
-            part.tokens = tokens
-        return parts
+        return [TokenFile(self.path, part, self.vocab_size) for part in np.split(self.tokens, places)]
 
     def to(self, device):
         return self
@@ -726,7 +722,7 @@ def token_file(path, dtype, vocab_size, offset=0, expected=None):
     if n < 1 or rest or expected not in (None, n):
         raise UserError(f"{path} is cut off or damaged: its {path.stat().st_size:,} bytes are not "
                         + ("whole tokens" if expected is None else f"those of {expected:,} tokens"))
-    return TokenFile(path, dtype, vocab_size, offset)
+    return TokenFile(path, np.memmap(path, dtype, "r", offset), vocab_size)
 
 
 def read_numbered(path, vocab_size):
@@ -987,11 +983,6 @@ def perplexity(loss):
     return math.exp(min(loss, 700))  # exp overflows at 709.8
 
 
-def best_epoch(epochs):
-    """The epoch of lowest validation loss, the first of several."""
-    return min(epochs, key=lambda epoch: epoch["val_loss"])
-
-
 def check_finite(loss, step, args, last):
     """Raises TrainingError for a loss that is not finite; `last` is a checkpoint from before."""
     if not math.isfinite(loss):
@@ -1016,7 +1007,7 @@ class Variant:
 
     def add_flags(self, parser):
         """Flags beyond those that all variants share. `fixed_rank`, `rank_interval` and `ranks_from` have to exist, if
-        only as defaults."""
+        only as defaults; without `fixed_rank`, `min_rank`, `max_rank` and `optimizer_on_resize` too."""
         add_rank_flags(parser)
 
     def complete(self, args):
@@ -1048,6 +1039,9 @@ class Variant:
         were resized)."""
         return update_ranks(run.layers, run.controllers, run.state.ema, run.optimizers, run.args,
                             run.generators["rank"])
+
+    def left_undone(self, run):
+        """What a finished run has not done, though its flags ask for it: a sentence for the user, or None."""
 
 
 # ---- A run: what it is made of ---------------------------------------------------------------------------------------
@@ -1085,7 +1079,7 @@ class Request:
     device: torch.device
     files: "Files"
     corpus: Corpus
-    test_tokens: Tensor | None  # (N,)
+    test_tokens: Tensor | TokenFile | None  # (N,)
     initial_ranks: list[int]  # those of --ranks-from, else []
     start: dict | None  # the content of --init-from
     checkpoint: dict | None  # to go on from
@@ -1122,11 +1116,13 @@ def build_run(request):
     torch.manual_seed(args.seed)
     if checkpoint:
         model = build_model(checkpoint, variant.linear)
+        del checkpoint["model"]  # its memory, as below
     elif request.start:
         try:
             model = start_from(request.start, variant, args.dropout)
         except UserError as error:
             raise UserError(f"--init-from {args.init_from}: {error}") from None
+        request.start = None
     else:
         given = request.initial_ranks or [getattr(args, "init_rank", None)]
         ranks = itertools.chain(given, itertools.repeat(given[-1]))
@@ -1150,11 +1146,12 @@ def build_run(request):
     # from here on the global generator is dropout's: each process has its own
     torch.manual_seed(args.seed + 1 + 1_000_003 * process_index() + run.state.step)
     if checkpoint:
-        states = checkpoint["optimizer"]
+        states = checkpoint.pop("optimizer")
         states = states if isinstance(states, list) else [states]  # older versions had one optimizer
         for optimizer, saved in zip(optimizers, states, strict=True):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                group |= {name: fresh[name] for name in ("initial_lr", "fused") if name in fresh}  # as on this device
+                group |= {name: fresh[name] for name in ("initial_lr", "weight_decay", "fused")
+                          if name in fresh}  # as for this --epochs, and on this device
             optimizer.load_state_dict(saved)
             for parameter, state in optimizer.state.items():  # saved on another device, a moment may lie otherwise
                 state |= {name: lying_as(parameter, value) for name, value in state.items()
@@ -1180,11 +1177,11 @@ def checkpoint_content(run):
 def save_last(run):
     """Write the checkpoint that --resume goes on from."""
     dropout_states = gather(dropout_rng(run.device).get_rng_state())
-    once(save, run.files.last, checkpoint_content(run) | {
+    once(lambda: save(run.files.last, checkpoint_content(run) | {
         "state": asdict(run.state), "settings": run.settings, "log_bytes": run.files.log.stat().st_size,
         "optimizer": [optimizer.state_dict() for optimizer in run.optimizers], "dropout_states": dropout_states,
         "generators": {name: generator.get_state() for name, generator in run.generators.items()}},
-        run.files.previous)
+        run.files.previous))
 
 
 # ---- A run: its beginning, its loop, its end -------------------------------------------------------------------------
@@ -1338,14 +1335,14 @@ def epoch_line(run, record):
 def finish(run):
     """Test losses, the last record, and a summary."""
     epochs, model, files, settings = run.state.epochs, run.model, run.files, run.settings
-    best = best_epoch(epochs)
+    best = min(epochs, key=lambda epoch: epoch["val_loss"])  # the first of several
     end = {"best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "final_val_loss": epochs[-1]["val_loss"],
            "test_loss_best": None, "test_loss_last": None}
     if run.test_tokens is not None:
         tokens = run.test_tokens.to(run.device)
         end["test_loss_last"] = evaluate(model, tokens, run.args.batch_size)
         try:
-            best_model = build_model(load(files.best), run.variant.linear).to(run.device)  # evaluate() was a barrier
+            best_model = build_model(once(load, files.best), run.variant.linear).to(run.device)
             best_model.low_precision = model.low_precision
             end["test_loss_best"] = evaluate(best_model, tokens, run.args.batch_size)
         except UserError as error:
@@ -1366,6 +1363,8 @@ def finish(run):
              f"({min(ranks)}-{max(ranks)}); ") if ranks else ""
     say(f"{found}parameters in use: {count_parameters(model):,}, {count_parameters(*run.layers):,} of them in the "
         f"linear layers\nlog: {files.log}; checkpoints: {files.last} (last), {files.best} (best)")
+    if undone := run.variant.left_undone(run):
+        say(f"*** {undone}: --resume with a larger --epochs goes on")
 
 
 # ==== Part 3: machinery ===============================================================================================
@@ -1404,7 +1403,6 @@ def gather(value) -> list:
 
 def once(action, *args):
     """action(*args), done by process 0 alone -> its result, or the error that it raises, in every process."""
-    result = [None]
     try:
         result = [action(*args) if process_index() == 0 else None]
     except (UserError, TrainingError) as error:
@@ -1514,8 +1512,7 @@ def default_grad_accum(windows: int, block_size: int, device: torch.device) -> i
     """The parts to take a process's windows in: on a CPU at most 2,048 tokens at a time, whose activations stay close
     to its caches (faster, and half the memory); on MPS what a product sums correctly (see REDUCTION); on CUDA all."""
     most = {"cpu": 2048, "mps": 2 * REDUCTION - 2}.get(device.type, math.inf)
-    parts = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= most]
-    return min(parts, default=windows)
+    return next((n for n in range(1, windows + 1) if windows % n == 0 and windows // n * block_size <= most), windows)
 
 
 def compile_blocks(model: GPT) -> None:
@@ -1721,7 +1718,7 @@ class Files(NamedTuple):
         return files
 
     def claim(self, locks):
-        """Lock the log and the checkpoint until the ExitStack `locks` ends, or the process, however it does. Raises
+        """Lock the log and the checkpoints until the ExitStack `locks` ends, or the process, however it does. Raises
         UserError if another run has one, if the log is not one of this suite, or if a file cannot be written."""
         log = lock(self.log, locks, self.log)
         log.seek(0)
@@ -2120,7 +2117,8 @@ def parse_flags(variant: Variant, argv: list[str]) -> argparse.Namespace:
 def add_model_flags(parser):
     flag = parser.add_argument_group("data").add_argument
     flag("--data-file", type=PATH, default=DEFAULT_DATA,
-         help="text to train on, or a folder of data/prepare.py; a bare name is looked for here, then in data/")
+         help="text to train on, a folder of data/prepare.py, or tokens as of nanoGPT (with --vocab-size); a bare name "
+         "is looked for here, then in data/")
     flag("--tokenize", choices=("words", "chars", "bytes"), default="words",
          help="what a token is: a word between spaces, a character, or a byte")
     flag("--min-count", type=COUNT, default=1, help="words that occur less often in the text become <unk>")
@@ -2177,7 +2175,7 @@ def add_training_flags(parser):
     flag("--batch-size", type=number(int, least=1, below=2**20), default=32, help="windows of --block-size tokens")
     flag("--one-pass", action="store_true", help="read the training text once, in order, instead of windows at random")
     flag("--grad-accum", type=COUNT, help="parts that a process takes its windows in: the same step on less memory; by "
-         "default as many as keep a part within 2,048 tokens on a CPU, else 1")
+         "default as many as keep a part within 2,048 tokens on a CPU and 32,766 on MPS, else 1")
     flag("--lr", type=POSITIVE, default=3e-4, help="learning rate")
     flag("--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine falls to 0 at the end")
     flag("--warmup-steps", type=number(int, least=0), default=0, help="steps of linear warm-up; None: 5%%")
@@ -2206,7 +2204,9 @@ def check_flags(args):
                         f"({process_count()} processes, --grad-accum {args.grad_accum or 1})")
     if args.init_from and args.ranks_from:
         raise UserError("--init-from and --ranks-from exclude each other")
-    if "init_rank" in args and not args.ranks_from and not args.init_from:
+    if args.init_from and not args.fixed_rank:  # which has ranks of its own, to be moved within these bounds
+        check_ranks([args.min_rank], "--min-rank", args)
+    elif "init_rank" in args and not args.ranks_from and not args.init_from:
         check_ranks([args.init_rank], "--init-rank", args)
 
 
@@ -2300,9 +2300,9 @@ def run_command(argv, variant):
         if dist.is_torchelastic_launched():
             join_processes()
         args = parse_flags(variant, argv)
-        command = shlex.join([variant.name] + [re.sub(r"[^=]*/", "", word) for word in argv])  # base names, never paths
+        words = [re.sub(r"[^=]*/(?=.)", "", word) for word in argv]  # base names, never paths
         with contextlib.ExitStack() as locks:
-            signal_number, request = 0, read_request(args, variant, command, locks)
+            signal_number, request = 0, read_request(args, variant, shlex.join([variant.name, *words]), locks)
             if request:
                 run = build_run(request)
                 begin(run)

@@ -64,10 +64,10 @@ class SelfGuided(v11.LowRankSpectron):
 
     def complete(self, args):
         super().complete(args)
-        steps = args.epochs * args.steps_per_epoch
-        if steps < 2 or (args.rank_interval or 1) > steps:
-            raise v10.UserError("the guides go at a rank update in the second half: --rank-interval must be at most "
-                                "the number of steps, and that at least 2")
+        steps, interval = args.epochs * args.steps_per_epoch, args.rank_interval or args.steps_per_epoch
+        if guide_share(max(1, steps // interval * interval), steps):
+            raise v10.UserError(f"the guides go at a rank update in the second half, and of {steps} steps with one "
+                                f"each {interval} there is none: lower --rank-interval, or take more steps")
         if args.compile or args.cuts or args.init_from:
             raise v10.UserError("layers with guides take neither --compile nor --cuts, and no --init-from")
 
@@ -96,6 +96,9 @@ class SelfGuided(v11.LowRankSpectron):
                 layer.guide = None
             run.optimizers.pop()
         return super().update_ranks(run, step)
+
+    def left_undone(self, run):
+        return "the layers still have their guides" if run.layers[0].guide is not None else super().left_undone(run)
 
 
 def main(argv=None):

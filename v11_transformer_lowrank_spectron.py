@@ -394,12 +394,15 @@ def budget_parameters(args: argparse.Namespace, shapes: list[tuple]) -> float:
     return args.rank_budget * sum(m * n if args.rank_budget <= 1 else m + n for m, n in shapes)
 
 
+def above_budget(run):
+    return v10.count_parameters(*run.layers) > budget_parameters(run.args, [layer.shape for layer in run.layers])
+
+
 def cut_due(run, step):
     """Is it time to cut? Also after the last cut if the model is above the budget: a --resume with fewer --epochs has
-    left cuts out."""
+    left cuts out. With less than two steps to go there is no cut any more."""
     steps = cut_steps(run.args)
-    return step in steps or bool(steps) and steps[-1] < step < run.total_steps and (
-        v10.count_parameters(*run.layers) > budget_parameters(run.args, [layer.shape for layer in run.layers]))
+    return step in steps or bool(steps) and steps[-1] < step < run.total_steps and above_budget(run)
 
 
 def plan_cut(run, step, fishers, groups):
@@ -521,7 +524,7 @@ class LowRankSpectron(v10.Variant):
         C, D = args.d_model, args.d_ff
         shapes = [*4 * [(C, C)], (D, C), (C, D)] * (1 if args.share_layers else args.n_layers)
         budget, sides = budget_parameters(args, shapes), list(map(sum, shapes))
-        spend(budget, sides, [[0.0] * args.min_rank] * len(shapes), args.min_rank)  # is --min-rank too much?
+        spend(budget, sides, [range(args.min_rank)] * len(shapes), args.min_rank)  # is --min-rank too much?
         if not args.ranks_from and not args.init_from and size([args.init_rank] * len(sides), sides) <= budget:
             v10.say(f"*** --init-rank {args.init_rank} is within --rank-budget {args.rank_budget:g} already: nothing "
                     "will be cut")
@@ -534,6 +537,9 @@ class LowRankSpectron(v10.Variant):
         if super().rank_update_due(run, step):
             update, resized = super().update_ranks(run, step)
         return update, resized + (cut(run, step) if cut_due(run, step) else 0)
+
+    def left_undone(self, run):
+        return "the linear layers are above --rank-budget" if run.args.cuts and above_budget(run) else None
 
     def linear(self, n, m, rank):
         layer = super().linear(n, m, rank)

@@ -299,15 +299,19 @@ def test_the_decisions_replay_from_the_log(run, decider):
     assert (decider == "uniform") == (len(set(cut["ranks"])) == 1)
 
 
-def test_a_resume_with_fewer_epochs_still_ends_within_the_budget(run, monkeypatch):
+@pytest.mark.parametrize("left", [4, 2, 1, 0])
+def test_a_resume_with_fewer_epochs_ends_within_the_budget_or_says_that_it_does_not(run, monkeypatch, capsys, left):
     flags = [*CUTS, "--epochs", "10", "--lr-schedule", "constant"]
     with monkeypatch.context() as patch:
-        patch.setattr(v10, "train_step", at_call(12, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        stop = at_call(15 - left, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(v10, "train_step", stop)
         run(*flags, main=v11.main, ranks=[], code=143)
     log = run(*flags, "--epochs", 3, "--resume", main=v11.main, ranks=[])
     first, = records(log, "run")
-    assert linear_parameters(first, records(log, "epoch")[-1]["ranks"]) <= first["rank_budget"] * sum(
+    within = linear_parameters(first, records(log, "epoch")[-1]["ranks"]) <= first["rank_budget"] * sum(
         m * n for m, n in (layer["shape"] for layer in first["layers"]))
+    assert within == (left >= 2)
+    assert ("*** the linear layers are above --rank-budget: --resume with" in capsys.readouterr().out) != within
 
 
 @pytest.mark.parametrize("flags", [["--share-layers"], ["--optimizer", "adamw"], ["--no-tie-embeddings"]])

@@ -1,5 +1,6 @@
 """Several processes and several parts a step: the same training as one process and one part."""
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,13 +47,14 @@ def two_processes(text, log, *flags, script=V10, ranks=RANKS):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
 
 
-def agents(script, text, log, *flags):
-    """Two machines as torchrun knows them, both of them this one, a process on each -> their agents."""
+def agents(script, text, log, *flags, folders=(".", ".")):
+    """Two machines as torchrun knows them, both of them this one, a process on each, in its folder -> their agents."""
     port = free_port()
     return [subprocess.Popen([*TORCHRUN[:3], "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1",
                               "--master-addr", "127.0.0.1", "--master-port", port, script, "--data-file", text,
                               "--log-file", log, *SMALL, *RANKS, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+            for i, folder in enumerate(folders)]
 
 
 def finished(both):
@@ -170,10 +172,16 @@ def test_when_a_process_is_killed_or_stopped_the_other_ends_and_the_run_goes_on(
         assert untimed(log, kind) == untimed(tmp_path / "straight.jsonl", kind)
 
 
-def test_two_machines_train_as_one_process_does(run, text, tmp_path):
-    said = finished(agents(V10, text, tmp_path / "two.jsonl", *RESIZING))
+def test_two_machines_train_as_one_process_does_without_a_disk_that_both_see(run, text, tmp_path):
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+    test = shutil.copy(text, tmp_path / "test.tokens")
+    said = finished(agents(V10, text, "two.jsonl", *RESIZING, "--test-file", test, folders=folders))
     assert ["done: 3 epochs" in of_one for of_one in said] == [True, False]
-    assert_same_training(run(*RESIZING), tmp_path / "two.jsonl")
+    assert ["perplexity" in of_one for of_one in said] == [True, False]
+    assert not any(folders[1].iterdir())
+    assert_same_training(run(*RESIZING), folders[0] / "two.jsonl")
 
 
 @pytest.mark.soak

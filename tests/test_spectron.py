@@ -1,4 +1,8 @@
 """v11: controlled steps of W = U V, tied heads, shared layers, self-guided training."""
+import contextlib
+import itertools
+import os
+import signal
 from argparse import Namespace
 
 import pytest
@@ -272,6 +276,32 @@ def test_a_guide_is_used_with_the_probability_of_its_share_and_gone_in_the_secon
         assert around == pytest.approx(share, abs=0.1)
     sizes = [epoch["factor_params_millions"] for epoch in records(log, "epoch")]
     assert sizes[0] > sizes[-1] == sizes[2]
+
+
+def test_intervals_at_which_the_guides_would_never_go_are_refused():
+    parser = v10.build_parser(selfguided.SelfGuided())
+    for steps, interval in itertools.product(range(1, 30), range(1, 32)):
+        flags = ["--epochs", "1", "--steps-per-epoch", str(steps), "--rank-interval", str(interval)]
+        gone = any(selfguided.guide_share(step, steps) == 0 for step in range(interval, steps + 1, interval))
+        with contextlib.nullcontext() if gone else pytest.raises(v10.UserError, match="the guides go at a rank update"):
+            selfguided.SelfGuided().complete(parser.parse_args(flags))
+
+
+def test_a_resume_that_ends_before_the_guides_are_gone_says_so(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", at_call(5, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run(main=selfguided.main, code=143)
+    run("--epochs", 1, "--resume", main=selfguided.main)
+    assert "*** the layers still have their guides: --resume with" in capsys.readouterr().out
+
+
+def test_a_resume_with_more_epochs_takes_the_decays_of_their_number(run):
+    log = run("--epochs", 2, "--cuts", 0, main=v11.main)
+    run("--epochs", 40, "--cuts", 0, "--resume", main=v11.main)
+    other = run("--epochs", 40, "--cuts", 0, main=v11.main, name="other")
+    resumed, straight = ([group["weight_decay"] for optimizer in v10.load(path.with_suffix(".pt"))["optimizer"]
+                          for group in optimizer["param_groups"]] for path in (log, other))
+    assert resumed == straight
 
 
 # ---- Spectral initialisation, tied heads, shared layers --------------------------------------------------------------

@@ -171,9 +171,11 @@ def test_a_run_from_a_folder_that_is_continued_equals_the_straight_one(run, prep
 
 
 def test_the_log_names_the_folder_and_the_model_knows_its_words(run, prepared, text):
-    log = run("--data-file", prepared)
+    log = run("--data-file", f"{prepared}/")
     first = records(log, "run")[0]
     assert (first["data_file"], first["tokenize"]) == ("folder", "words")
+    assert f"--data-file {prepared.name}/" in first["command"]
+    assert str(prepared.parent) not in log.read_text()
     model, vocabulary = v10.load_model(log.with_suffix(".best.pt"))
     assert vocabulary == sorted(set(text.read_text().split()))
     assert v10.generate(model, vocabulary, "w1 w2", n_tokens=3).startswith("w1 w2 ")

@@ -302,8 +302,9 @@ def ratios(args, rounds, large_literal, memory):
         "step time of v10 with v11's optimizer / with AdamW": over_v10("spectron"),
         **({"step time of v10 in one process / in two": v10_over("two")} if "two" in has else {}),
         **({"step time of v10 / with --compile": v10_over("compiled")} if "compiled" in has else {}),
-        "peak memory of v10 / the literal reading": v10_memory / memory["literal"],
-        "peak memory of v10 / v7": v10_memory / memory["v7"],
+        **({} if None in memory.values() else {
+            "peak memory of v10 / the literal reading": v10_memory / memory["literal"],
+            "peak memory of v10 / v7": v10_memory / memory["v7"]}),
         **{f"time to {name} with v7 / with v7 cut to a quarter": each(f"v7, {name}", f"cut, {name}")
            for name in ("evaluate", "generate")},
         "time of the literal rank update / v10's": each("literal update", "update"),
@@ -360,6 +361,7 @@ def check_log(log):
         read_results(log)
 
 
+@v10.screens()
 def main(argv=None):
     parser = v10.Parser(prog="bench.py", description="Measures v10's speed and memory as ratios.", allow_abbrev=False,
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -399,7 +401,7 @@ def main(argv=None):
                        "torch": torch.__version__,
                        "dtypes": {dtype: measure(with_dtype(args, dtype)) for dtype in dtypes},
                        "svds": {f"{m:,} x {n:,} at rank {k}": truncated_svds(m, n, k, torch.Generator().manual_seed(0))
-                                for m, n, k in ((args.words, args.d_model, args.rank),
+                                for m, n, k in ((args.words, args.d_model, min(args.rank, args.d_model - 1)),
                                                 (args.large, args.large, min(2 * args.rank, args.large - 1)))}}
             Path(log).write_text(json.dumps(results, indent=1) + "\n")
         print(section(results))

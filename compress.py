@@ -30,7 +30,7 @@ import math
 import os
 import sys
 import zipfile
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from statistics import stdev
@@ -513,8 +513,6 @@ def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
     predicted = sum(matrix.tails[k] for matrix, k in zip(found, ranks, strict=True) if k) / 2
     stayed = [matrix.name for matrix, k in zip(found, ranks, strict=True) if k is None]
     v10.save(Path(args.out), content | {"cut_from": Path(args.checkpoint).name})
-    if args.export:
-        export(model, Path(args.export))
     rows = [("", "before", "after", "")]
     for name, label in (("all", "parameters"), ("linear", "  in linear layers"), ("ends", "  in embedding and head")):
         rows.append((label, f"{size[name]:,}", f"{new[name]:,}", f"{new[name] / size[name]:.1%} kept"))
@@ -546,15 +544,20 @@ def report(job: Job, ranks: list[int | None], gap: float, target: str) -> None:
         loss=mean_loss(after), loss_error=error, plain_increase=plain, predicted=predicted, gap=gap,
         ranks={matrix.name: k for matrix, k in zip(found, ranks, strict=True)},
         shapes={matrix.name: [len(matrix.U), matrix.V.shape[1]] for matrix in found})
+    if args.export:
+        export(model, Path(args.export))
 
 
 def export(model, path):
     """The weights as a .safetensors file; a tied or shared one once, under its first name."""
-    from safetensors.torch import save_file
-    with v10.writing(path):
-        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
-                  v10.temporary(path))
-        v10.temporary(path).replace(path)
+    from safetensors.torch import save  # save_file has errors of its own, and makes a file that only its owner reads
+    content = save({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()})
+    try:
+        with v10.writing(path):
+            v10.temporary(path).write_bytes(content)
+            v10.temporary(path).replace(path)
+    finally:
+        v10.temporary(path).unlink(missing_ok=True)
 
 
 # ---- The commands ----------------------------------------------------------------------------------------------------
@@ -720,7 +723,8 @@ def tune(args):
     if os.path.realpath(uncut) == os.path.realpath(args.out):
         raise UserError(f"--out {args.out} is the model that {args.checkpoint} was cut from: choose another name")
     whole, uncut_model = load(uncut)
-    if (whole["vocabulary"], uncut_model.config) != (content["vocabulary"], model.config):
+    config = replace(uncut_model.config, dropout=model.config.dropout)  # which a run may change
+    if (whole["vocabulary"], config) != (content["vocabulary"], model.config):
         raise UserError(f"{args.checkpoint} was not cut from {uncut}: sizes or vocabulary differ")
     if args.on:
         tokens = v10.read_tokens(Path(args.on), model.config.tokenize, content["vocabulary"])

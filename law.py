@@ -15,7 +15,6 @@ them, for which a + b = 1.
 Intervals hold 95% of 1,000 fits to resampled residuals, widened after Student: they show the scatter about the fitted
 curve, if the curve is right, not what another seed, rate or text would change. For that some sizes are run again.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -317,8 +316,8 @@ def show(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="law.py", description="Prints and draws the law of scaling.py's runs.",
-                                     allow_abbrev=False)
+    parser = plot_logs.Parser(prog="law.py", description="Prints and draws the law of scaling.py's runs.",
+                              allow_abbrev=False)
     parser.add_argument("folder", type=plot_logs.home, nargs="?", default="logs/scaling", help="folder of their logs")
     folder = parser.parse_args(argv).folder
     return plot_logs.exit_code("law.py", folder, "scaling.py", lambda: show(folder))

@@ -9,8 +9,9 @@ several logs, a comparison, in which runs that differ only in their seed are one
 Writes all of it to DIR/index.html, one page to look at, and to DIR/tables.md; each table to DIR/*.csv and *.tex
 (booktabs); and the figures, as PNG and PDF: losses, telemetry if it was logged, and for each run NAME_ranks (rank
 against epoch), NAME_heatmap (layer by epoch), NAME_final-ranks (block by projection) and NAME_cuts (v11's). With
---report the report's own numbers stand beside each run's, in tables and in NAME_report. A run without a causal mask is
-marked everywhere: it sees its targets. A log that cannot be read is named and left out.
+--report the report's own numbers stand beside each run's, in tables and in NAME_report. Of a log of compress.py: its
+cuts, comparisons, fine-tuning and spectra. A run without a causal mask is marked everywhere: it sees its targets. A log
+that cannot be read is named and left out.
 """
 import argparse
 import base64
@@ -73,10 +74,6 @@ class Run:
     def mark(self):
         """What follows its name wherever it appears."""
         return f" ({LEAK})" if self.sees_targets else ""
-
-    @property
-    def title(self):
-        return self.name + self.mark
 
     def label(self):
         """As a figure shows it."""
@@ -262,7 +259,7 @@ def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
 
 def read_run(path: Path, name: str, init_rank: float = 64, quiet: bool = False) -> Run:
     """A log -> Run, which may have only begun. Raises LogError."""
-    run = Run(name)
+    run, unknown = Run(name), set()
     for number, record in records(path, quiet):
         try:
             kind = check(record, run)
@@ -282,7 +279,8 @@ def read_run(path: Path, name: str, init_rank: float = 64, quiet: bool = False) 
                                      for updates in (run.updates, run.cuts))
         elif kind == "end":
             run.end = record
-        else:
+        elif str(kind) not in unknown:  # of each, once is enough
+            unknown.add(str(kind))
             warn(f"{path}:{number}: left out: a record of an unknown kind, {str(kind)[:60]!r}")
     run.written = path.stat().st_mtime
     if run.epochs and run.final_ranks:
@@ -318,7 +316,7 @@ def read_compression(path: Path, name: str) -> Compression | None:
     found = records(path, quiet=True)
     if not any(isinstance(record, dict) and record.get("kind") == "compress" for _, record in found):
         return None
-    for number, record in found:
+    for number, record in (found := records(path)):
         try:
             check_compression(record)
         except ValueError as error:
@@ -417,7 +415,7 @@ def grouped(runs: list[Run]) -> list[Group]:
     found.sort(key=lambda group: runs.index(group.first))
     for group in found:
         common = os.path.commonprefix([run.name for run in group.runs])
-        group.name = re.sub(r"[_-](seed|s)?$", "", common) if len(group.runs) > 1 else group.first.name
+        group.name = re.sub(r"[_-]((seed|s)\d*)?$", "", common) if len(group.runs) > 1 else group.first.name
     names = [group.name for group in found]
     for group in found:
         if not group.name or names.count(group.name) > 1:
@@ -515,10 +513,6 @@ class Table:
         for row in self.rows:
             yield [value for i, cell in enumerate(row) for value in (
                 (cell.numbers() if isinstance(cell, Cell) else (cell, "", ""))[:3 if wide[i] else 1])]
-
-
-def show(value, form=",.0f"):
-    return str(Cell(value, form))
 
 
 def millions(value):
@@ -624,6 +618,11 @@ def best(run: Run) -> dict:
     return min(run.epochs, key=lambda epoch: epoch["val_loss"])
 
 
+def text_of(run):
+    """What losses have to share to be compared: the text, its tokens, and the part held out."""
+    return tuple(json.dumps(run.settings.get(name)) for name in ("data_sha256", "vocab_size", "val_tokens"))
+
+
 def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
@@ -657,41 +656,42 @@ def compression_tables(log):
             "checkpoint", "command", "metric", "parameters", "kept", "in linear layers", "kept there", "loss",
             "change", "perplexity", "plain SVD of this size"], [
             [record["checkpoint"], plain(f"{record['command']} {record['target']}"), plain(record["metric"]),
-             f"{record['after']['all']:,}", f"{record['after']['all'] / record['before']['all']:.1%}",
-             f"{record['after']['linear']:,}",
-             f"{record['after']['linear'] / record['before']['linear']:.1%}", f"{record['loss']:.4f}",
+             Cell(record["after"]["all"]), Cell(record["after"]["all"] / record["before"]["all"], ".1%"),
+             Cell(record["after"]["linear"]),
+             Cell(record["after"]["linear"] / record["before"]["linear"], ".1%"), Cell(record["loss"], ".4f"),
              marked(record["loss"] - record["loss_before"], record.get("loss_error")),
-             f"{perplexity(record['loss'] - record['loss_before']) - 1:+.1%}",
+             Cell(perplexity(record["loss"] - record["loss_before"]) - 1, "+.1%"),
              Cell(record.get("plain_increase"), "+.4f")] for record in cuts])
     for i, record in enumerate(record for record in log.records if record["command"] == "compare"):
         names = [*record["rows"][0]["cuts"]]
         yield Table(f"{log.name}_compare{i + 1}", f"Change of the loss, {record['checkpoint']}", ["kept", *names], [
-            [f"{row['keep']:.2%}", *(f"{row['cuts'][name]['increase']:+.4f}" for name in names)]
+            [f"{row['keep']:.2%}", *(Cell(row["cuts"][name]["increase"], "+.4f") for name in names)]
             for row in record["rows"]])
     tuned = [record for record in log.records if record["command"] == "tune"]
     if tuned:
         yield Table(f"{log.name}_tune", f"Fine-tuning, {log.name}", [
             "checkpoint", "model", "trained", "parameters", "of these", "loss before", "after"], [
-            [record["checkpoint"], model["model"], model["train"], f"{model['parameters']:,}", f"{model['trained']:,}",
-             f"{model['loss_before']:.4f}", f"{model['loss']:.4f}"] for record in tuned for model in record["models"]])
+            [record["checkpoint"], model["model"], model["train"], Cell(model["parameters"]), Cell(model["trained"]),
+             Cell(model["loss_before"], ".4f"), Cell(model["loss"], ".4f")]
+            for record in tuned for model in record["models"]])
     for i, record in enumerate(record for record in log.records if record["command"] == "spectrum"):
         yield Table(f"{log.name}_spectrum{i + 1}", f"Spectra, {record['checkpoint']}: ranks that hold so much energy", [
             "matrix", "shape", "stable rank", "90%", "95%", "99%", "99.9%", "break-even"], [
-            [plain(name), f"{matrix['shape'][0]} x {matrix['shape'][1]}", f"{matrix['stable_rank']:.1f}",
-             *map(str, matrix["ranks"]), str(matrix["break_even"])] for name, matrix in record["matrices"].items()])
+            [plain(name), f"{matrix['shape'][0]} x {matrix['shape'][1]}", Cell(matrix["stable_rank"], ".1f"),
+             *map(Cell, matrix["ranks"]), Cell(matrix["break_even"])] for name, matrix in record["matrices"].items()])
 
 
 def contents(runs, compressions=(), report=False):
     """What the logs say, in order: paragraphs of text, and Tables. With the report's numbers beside them if asked."""
     for run in runs:
         s, mark = run.settings, f" {DASH} {LEAK}" if run.sees_targets else ""
-        yield f"# {run.title}"
+        yield f"# {run.name}{run.mark}"
         if run.sees_targets:
             yield ("Attention without a causal mask: each position sees the word that it has to predict. "
                    "These losses are not those of a language model.")
         if s:
-            yield (f"{show(s.get('train_tokens'))} training and {show(s.get('val_tokens'))} validation tokens of "
-                   f"{s.get('data_file')}, {show(s.get('vocab_size'))} words; seed {s.get('seed')}, "
+            yield (f"{Cell(s.get('train_tokens'))} training and {Cell(s.get('val_tokens'))} validation tokens of "
+                   f"{s.get('data_file')}, {Cell(s.get('vocab_size'))} words; seed {s.get('seed')}, "
                    f"{s.get('device')} ({s.get('device_name')}), {s.get('dtype')}.")
         else:
             yield "No run record: the log does not say what trained it, nor whether its attention had a mask."
@@ -708,8 +708,8 @@ def contents(runs, compressions=(), report=False):
         yield "# Comparison"
         yield comparison_table(groups)
         for group in (group for group in groups if group.apart):
-            yield f"{group.name} is not averaged with runs of the same settings: {group.apart}."
-        if len({run.settings.get("data_sha256") for run in runs}) > 1:
+            yield f"The run {group.name} is not averaged with runs of the same settings: {group.apart}."
+        if len(set(map(text_of, runs))) > 1:
             yield "The runs were not trained on the same data: their losses cannot be compared."
         if len({run.epochs[-1].get("tokens_seen") for run in runs}) > 1:
             yield "The runs were not trained on the same number of tokens."
@@ -856,7 +856,7 @@ def losses_title(groups):
     masked = [group for group in groups if group.first.sees_targets is False]
     if any(map(below, groups)) and not any(below(group) for group in groups if not group.first.sees_targets):
         return "Only a model that sees its targets falls below the entropy of the text"
-    texts = {run.settings.get("data_sha256") for group in groups for run in group.runs}
+    texts = {text_of(run) for group in groups for run in group.runs}
     if not masked or any(map(below, masked)) or len(texts) > 1:
         return "Losses"
     winner, of_those = min(masked, key=lowest), " of those with a mask" if len(masked) < len(groups) else ""
@@ -924,8 +924,8 @@ def telemetry_figure(groups):
     families = [group.first.family for group in groups]
     for axes, (name, title) in zip(panels, TELEMETRY.items(), strict=True):
         for i, (color, group) in enumerate(zip(shades(families), groups, strict=True)):
-            medians = [telemetry(run, name) for run in group.runs]
-            common = sorted(set.intersection(*map(set, medians)))
+            medians = [found for run in group.runs if (found := telemetry(run, name))]
+            common = sorted(set.intersection(*map(set, medians))) if medians else []
             seeds = np.array([[of_run[epoch] for epoch in common] for of_run in medians])
             if common:
                 curve(axes, common, seeds, color, label=f" {group.label()}", marker="o", markersize=3,
@@ -1137,7 +1137,7 @@ def figures(runs, compressions=(), x="epoch", report=False):
     if not runs:
         return
     yield "losses", losses_figure(grouped(runs), x)
-    if known := [group for group in grouped(runs) if all(epoch.get("update_norms") for epoch in group.first.epochs)]:
+    if known := [group for group in grouped(runs) if any(telemetry(run, "update_norms") for run in group.runs)]:
         yield "telemetry", telemetry_figure(known)
     for run in runs:
         if report:
@@ -1245,7 +1245,7 @@ def exit_code(name, folder, kind, work) -> int:
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         message = f"{folder} holds other logs than those of {kind} ({error!r})"
     except OSError as error:
-        message = f"cannot use {error.filename}: {error.strerror}"
+        message = f"cannot use {error.filename or folder}: {error.strerror}"
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

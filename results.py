@@ -81,9 +81,16 @@ class Study:
         self.groups = {name: Group(name, members) for name, members in runs.items() if members}
         self.ngrams, self.speed, self.costs = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                                for kind in ("ngrams", "speed", "step_costs"))
-        self.compressed = defaultdict(list)  # {name: the records of each seed}
+        compressed = defaultdict(dict)
         for path in sorted(folder.glob("compress/*.jsonl")):
-            self.compressed[path.stem.rpartition("_s")[0]].append(plot_logs.read_compression(path, path.stem).records)
+            name, _, seed = path.stem.rpartition("_s")
+            log = plot_logs.read_compression(path, name)
+            if log and len(log.records) >= WHOLE.get(name, 4):
+                compressed[name][seed] = log.records
+            else:
+                plot_logs.warn(f"{path}: compress.py has not done all of its work; left out")
+        seeds = sorted(set.intersection(*map(set, compressed.values()))) if compressed else []
+        self.compressed = {name: [of_seed[seed] for seed in seeds] for name, of_seed in compressed.items() if seeds}
         self.scaling = law.read(law.scaling_folder(folder))
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes = defaultdict(list)
@@ -410,6 +417,7 @@ def brought(study):
 
 COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
               "compressed_v11": "v11, 64 to a tenth"}
+WHOLE = {"compressed_dense": 17, "compressed_muon": 17}  # records of a whole log of compress.py; of the others 4
 CUT_NARROW = {f"compressed_narrow{width}": NARROW[f"narrow{width}_{how}"]
               for width, how in ((136, "muon_tied"), (80, "muon_tied"), (192, "spectron"))}
 WAYS = {  # {a narrower dense model: ways to as few parameters}

@@ -5,9 +5,9 @@
     python3 study.py --size report    the same at the report's size, for a GPU
 
 A run that is done is skipped, one that was interrupted goes on. `results.py` turns the logs into tables and answers.
-Beside the runs' logs three more are written: probes.jsonl (what trained models do when the mask is put on, or when the
-word that they could copy is replaced), ngrams.jsonl (what counting words and pairs of words gives on the same text),
-and speed.jsonl (the time of a step at the ranks of each run, interleaved).
+Beside the runs' logs are probes.jsonl (what trained models do when the mask is put on, or when the word that they
+could copy is replaced), ngrams.jsonl (what counting words and pairs of words gives on the same text), speed.jsonl (the
+time of a step at the ranks of each run, interleaved), and compress/ (what compress.py does with trained models).
 
 The small size trains on the first 100,000 words of WikiText-2, in which words that occur less than 3 times have become
 <unk>: the output layer is then small enough for the linear layers, which are the subject, to count.
@@ -629,7 +629,7 @@ def conduct(kind, parser, argv):
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{name}: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{name}: error: cannot use {error.filename or study.out}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)

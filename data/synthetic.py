@@ -245,6 +245,8 @@ def main(argv=None):
         if wrong:
             parser.error(message)
     for path in (args.out, args.out.with_suffix(".json")):
+        if path.exists() and not path.is_file():
+            parser.error(f"{path} is not a plain file: --out needs the name of one")
         if path.is_file() and not args.overwrite:
             parser.error(f"{path} exists: --overwrite replaces it, --out NAME writes elsewhere")
 

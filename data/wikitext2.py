@@ -8,11 +8,12 @@ are left alone. The first source is PyTorch's examples on GitHub, pinned to a co
 the original zip. Which one served does not matter: the checksums decide.
 """
 import argparse
+import contextlib
 import hashlib
+import http.client
 import io
 import os
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -48,7 +49,7 @@ def fetch(url, timeout=30):
         if length and data.tell() != int(length):
             raise FetchError(f"{url}: ended after {data.tell():,} of {int(length):,} bytes")
         return data.getvalue()
-    except (OSError, urllib.error.URLError, ValueError) as error:  # no network, no such host, 404, a dropped connection
+    except (OSError, http.client.HTTPException, ValueError) as error:  # no network, 404, a dropped connection, ...
         raise FetchError(f"{url}: {getattr(error, 'reason', None) or error}") from None
 
 
@@ -123,4 +124,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):  # whole files stay, and nobody wants a traceback
+        sys.exit(main())
+    sys.exit(130)

@@ -53,6 +53,9 @@ def test_its_table_follows_from_the_seconds_it_wrote(results):
     assert list(found["measured"]["time to generate with v7 / with v7 cut to a quarter"].values()) == pytest.approx(
         [sum(uses) / 2, *uses])
     assert list(results["svds"]) == ["40 x 16 at rank 6", "64 x 64 at rank 12"]
+    of_unknown_memory = bench.ratios(Namespace(**SMALL, large=64), found["rounds"], found["large_literal_seconds"],
+                                     dict.fromkeys(found["memory_mb"]))
+    assert set(found["measured"]) - set(of_unknown_memory) == {row for row in found["measured"] if "memory" in row}
 
 
 def test_the_ways_to_a_truncated_svd_have_the_errors_that_they_say():

@@ -1,8 +1,11 @@
 """compress.py: its metrics against what they promise, its budgets against brute force, its commands as a user types
 them."""
 import argparse
+import errno
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -447,6 +450,8 @@ def test_tune_improves_a_cut_model_and_reports_the_uncut_one_beside_it(trained, 
         model, _ = v10.load_model(tmp_path / f"{kind}.pt")
         assert v10.count_parameters(model) == cut["parameters"]
     (tmp_path / "other").write_text((trained / "text.tokens").read_text()[:4000])
+    content = v10.load(tmp_path / "cut.pt")
+    v10.save(tmp_path / "cut.pt", content | {"config": content["config"] | {"dropout": 0.3}})  # as of a run from it
     assert compress.main(["tune", str(tmp_path / "cut.pt"), "--steps", "2", "--uncut", str(trained / "v7.best.pt"),
                           "--on", str(tmp_path / "other"), "--out", str(tmp_path / "on.pt"), *common]) == 0
 
@@ -572,6 +577,20 @@ def test_what_is_cut_from_a_last_checkpoint_holds_a_model_and_no_run(trained, tm
                           for path in (tmp_path / name, tmp_path / f"{name}.safetensors"))
         assert ours == exported, "factors are one matrix in both"
         assert ("blocks.0.q", True) in ours
+
+
+def test_an_export_that_the_disk_does_not_take_costs_neither_the_cut_model_nor_its_record(trained, tmp_path,
+                                                                                         monkeypatch, capsys):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert compress.main(["cut", str(trained / "v7.best.pt"), "--keep", "0.5", "--out", str(tmp_path / "cut.pt"),
+                          "--data-file", str(trained / "text.tokens"), "--log-file", str(tmp_path / "log.jsonl"),
+                          "--export", str(tmp_path / "cut.safetensors")]) == 2
+    assert f"cannot write {tmp_path / 'cut.safetensors'}: No space left on device\n" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"cut.pt", "log.jsonl"}
+    assert len(records(tmp_path / "log.jsonl", "compress")) == 1
 
 
 def test_held_out_text_of_little_more_than_a_block_is_enough(trained, tmp_path):

@@ -191,10 +191,11 @@ def test_a_bad_line_is_an_error_with_file_and_line(report, capsys, line, said):
 
 
 def test_a_record_of_an_unknown_kind_is_left_out_with_a_warning(report, capsys):
-    report.write_text('{"kind": "other", "step": 3}\n' + report.read_text())
+    report.write_text(2 * '{"kind": "other", "step": 3}\n' + report.read_text())
     plot(report)
     captured = capsys.readouterr()
     assert "report.jsonl:1: left out: a record of an unknown kind, 'other'" in captured.err
+    assert captured.err.count("of an unknown kind") == 1
     assert cells(captured.out, "25")[2] == "3.327"
 
 
@@ -417,7 +418,27 @@ def test_a_log_and_its_copy_are_not_two_seeds(tmp_path, capsys):
     said = capsys.readouterr().out
     assert cells(said.split("# Comparison")[1], "v10")[1] == "2"
     assert cells(said.split("# Comparison")[1], "v10_copy")[1] == "1"
-    assert "v10_copy is not averaged with runs of the same settings: it has the seed 0 of v10." in said
+    assert "The run v10_copy is not averaged with runs of the same settings: it has the seed 0 of v10." in said
+
+
+def test_a_name_that_looks_like_a_heading_is_none(tmp_path, capsys):
+    plot(*(write(tmp_path / f"{name}.jsonl", *logged([3, 2], seed=0)) for name in ("v10", "# copy")))
+    assert "The run # copy is not averaged with" in capsys.readouterr().out
+
+
+def test_seeds_are_named_by_what_their_names_share_without_a_digit_of_the_seed(tmp_path, capsys):
+    plot(*(write(tmp_path / f"v10_s{seed}.jsonl", *logged([3, 2], seed=seed)) for seed in (10, 11)))
+    assert cells(capsys.readouterr().out.split("# Comparison")[1], "v10")[1] == "2"
+
+
+@pytest.mark.parametrize("other", [{"vocab_size": 60}, {"val_tokens": 90}, {"data_sha256": "b"}])
+def test_losses_on_other_tokens_of_one_file_are_not_compared(tmp_path, capsys, other):
+    common = {"data_sha256": "a", "vocab_size": 50, "val_tokens": 80}
+    logs = [write(tmp_path / f"{name}.jsonl", *logged([3, 2], name=name, **common | of_one))
+            for name, of_one in (("one", {}), ("two", other))]
+    plot(*logs)
+    assert "losses cannot be compared" in capsys.readouterr().out
+    assert plot_logs.losses_title(plot_logs.grouped(plot_logs.read_logs(logs)[0])) == "Losses"
 
 
 def test_runs_of_different_lengths_are_not_averaged(tmp_path, capsys):
@@ -618,3 +639,12 @@ def test_telemetry_is_the_median_layer_without_the_end_of_a_cosine(tmp_path, pai
     run = plot_logs.read_log(log, "v11")
     assert plot_logs.telemetry(run, "update_norms") == {1: pytest.approx(0.02), 2: pytest.approx(0.04)}
     assert run.family == "controlled"
+
+
+@pytest.mark.parametrize("telling", [0, 1])
+def test_telemetry_of_some_seeds_is_drawn(tmp_path, telling):
+    logs = [write(tmp_path / f"v11_s{seed}.jsonl", {"kind": "run", "attention": "causal", "seed": seed},
+                  v11_epoch(1, **{} if seed == telling else dict.fromkeys(plot_logs.TELEMETRY))) for seed in (0, 1)]
+    runs, _ = plot_logs.read_logs(logs)
+    figure = dict(plot_logs.figures(runs, [], "epoch", False))["telemetry"]
+    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]

@@ -401,7 +401,22 @@ def test_a_difference_is_between_runs_of_one_seed():
     by_hand = [results.best_loss(a) - results.best_loss(b) for a, b in zip(
         study.groups["fixed"].runs, study.groups["dense"].runs[1:], strict=True)]
     assert found == by_hand
-    assert plot_logs.show(found, ".3f") == plot_logs.show(by_hand, ".3f")
+
+
+def test_compressions_that_are_not_whole_are_named_and_all_rows_are_of_the_seeds_that_have_them_all(tmp_path, capsys):
+    assert results.WHOLE == dict.fromkeys(results.WHOLE, len(study.COMPRESSIONS + study.OF_DENSE))
+    assert len(study.COMPRESSIONS) == 4
+    stems = ["compressed_dense_s1", "compressed_narrow80_s2"]
+    copied(tmp_path / "study", *stems)
+    for stem, left in zip(stems, (16, 0), strict=True):
+        log = tmp_path / "study" / "compress" / f"{stem}.jsonl"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:left]))
+    some = results.Study(tmp_path / "study")
+    said = capsys.readouterr().err
+    assert all(f"{stem}.jsonl: compress.py has not done all of its work" in said for stem in stems)
+    whole = results.Study(REFERENCE)
+    assert some.compressed == {name: of_seeds[2:] for name, of_seeds in whole.compressed.items()}
+    assert results.ways(some).header[0] == "n = 1"
 
 
 def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):

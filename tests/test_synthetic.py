@@ -181,6 +181,11 @@ def test_nothing_is_replaced_unasked_and_two_at_once_do_not_mix(tmp_path, capsys
     assert "exists: it is another run's" in capsys.readouterr().err
     assert (out.read_text().split(), other.read_text()) == (before, "another run's")
     other.unlink()
+    (tmp_path / "folder.json").mkdir()
+    for name in (".", "folder.tokens", "/dev/null"):
+        with pytest.raises(SystemExit, match="2"):
+            make(tmp_path, *flags, "--overwrite", name=name)
+        assert "is not a plain file: --out needs the name of one" in capsys.readouterr().err
     assert make(tmp_path, *flags, "--seed", 1, "--overwrite")[0] != before
 
 

@@ -16,8 +16,8 @@ XML = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of `files`, {path: bytes, a status, (bytes, claimed length), or the path that it redirects to}, in the
-    place of the real addresses."""
+    """A server of `files`, {path: bytes, a status, (bytes, claimed length), (all that it sends,), or the path that it
+    redirects to}, in the place of the real addresses."""
     files, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -31,6 +31,8 @@ def server(tmp_path, monkeypatch):
                 self.send_header("Location", answer)
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
+            if isinstance(answer, tuple) and len(answer) == 1:
+                return self.wfile.write(*answer)
             body, length = answer if isinstance(answer, tuple) else (answer, len(answer))
             self.send_response(200)
             self.send_header("Content-Length", str(length))
@@ -78,9 +80,12 @@ def test_good_files_are_written_under_their_names(server, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [404, 403, XML, GOOD["train"][:-1], (GOOD["train"][:-9], len(GOOD["train"])),
-                                 GOOD["train"][:-1] + b"x", b"", "/pinned/train.txt", "/nowhere", "//", "ftp://x/y"],
+                                 GOOD["train"][:-1] + b"x", b"", "/pinned/train.txt", "/nowhere", "//", "ftp://x/y",
+                                 (b"who are you?\r\n\r\n",),
+                                 (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",)],
                          ids=["404", "403", "web page", "short", "dropped", "wrong checksum", "empty", "redirect loop",
-                              "redirect to nothing", "redirect to no address", "redirect to another protocol"])
+                              "redirect to nothing", "redirect to no address", "redirect to another protocol",
+                              "no HTTP", "cut off in a chunk"])
 def test_a_bad_source_is_replaced_by_the_next_one(server, tmp_path, monkeypatch, bad):
     server[0].update(texts() | {"/pinned/train.txt": bad, "/main/train.txt": bad, "/v1.zip": zipped(monkeypatch)})
     assert wikitext2.main(["--out", str(tmp_path)]) == 0

@@ -46,7 +46,7 @@ LABELS = BUDGETED | NARROW
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
-    ("a wide start: 64, cut to a tenth, instead of 16 throughout", "v11_tenth", "rank16_spectron"),
+    ("a high starting rank: 64, cut to a tenth, instead of 16 throughout", "v11_tenth", "rank16_spectron"),
     ("the Fisher metric: which directions go", "v11_tenth", "tenth_plain"),
     ("one budget: how many ranks each layer gets, instead of one rank for all", "v11_tenth", "tenth_uniform"),
     ("metric and budget together, instead of plain cuts to one rank", "v11_tenth", "tenth_plain_uniform"),
@@ -56,7 +56,7 @@ BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("six cuts instead of one", "v11_tenth", "tenth_once"),
     ("a start from 128 instead of 64", "tenth_wide", "v11_tenth"),
     ("the same to a quarter", "v11_quarter", "quarter_narrow"),
-    ("the ranks found, trained from the start, instead of 16 in all layers", "tenth_afresh", "rank16_spectron"),
+    ("the ranks found, trained from scratch, instead of 16 in all layers", "tenth_afresh", "rank16_spectron"),
     ("all of it, instead of v10 with transport", "v11_tenth", "v10_transport")]
 TRIES = {"rate0.5": "half the rate", "rate1": "the rate", "rate2": "twice it", "decay": "decay",
          "decay3": "three times it", "decay_third": "0.3 or 10 times it", "dropout": "dropout 0.2"}
@@ -797,7 +797,7 @@ def compressed_figure(study):
     axes.set(xscale="log", xlabel="million parameters, embedding and head included",
              ylabel="loss on the second half of the held-out text",
              title="Half of a dense model, cut in the Fisher metric, is as good as all of it;\n"
-             "at an eighth, narrower models trained from the start are better"
+             "at an eighth, narrower models trained from scratch are better"
              if study.is_reference else "Trained models, cut")
     figure.supxlabel("star: not cut; each metric with the better of one share for all matrices and one budget",
                      fontsize=8)

@@ -2117,8 +2117,8 @@ def parse_flags(variant: Variant, argv: list[str]) -> argparse.Namespace:
 def add_model_flags(parser):
     flag = parser.add_argument_group("data").add_argument
     flag("--data-file", type=PATH, default=DEFAULT_DATA,
-         help="text to train on, a folder of data/prepare.py, or tokens as of nanoGPT (with --vocab-size); a bare name "
-         "is looked for here, then in data/")
+         help="text to train on, a folder of data/prepare.py, or tokens in nanoGPT's format (with --vocab-size); a "
+         "bare name is looked for here, then in data/")
     flag("--tokenize", choices=("words", "chars", "bytes"), default="words",
          help="what a token is: a word between spaces, a character, or a byte")
     flag("--min-count", type=COUNT, default=1, help="words that occur less often in the text become <unk>")

@@ -197,7 +197,7 @@ def main(argv=None):
     parser.add_argument("--tokenize", choices=("words", "chars", "bytes"), default="words",
                         help="what a token is: a word between spaces, a character, or a byte")
     parser.add_argument("--min-count", type=whole, default=1, help="words that occur less often become <unk>")
-    parser.add_argument("--max-vocab", type=whole, help="the rarest words beyond so many become <unk>")
+    parser.add_argument("--max-vocab", type=whole, help="largest vocabulary; the rarest words beyond it become <unk>")
     parser.add_argument("--check", type=path, metavar="DIR", help="compare a folder with its checksum, write nothing")
     args = parser.parse_args(argv)
     for wrong, message in ((bool(args.check) == bool(args.texts), "needs either texts or --check DIR"),

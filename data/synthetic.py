@@ -218,11 +218,12 @@ def main(argv=None):
     parser.add_argument("--words", type=int, default=1_000, help="size of the vocabulary")
     parser.add_argument("--topics", type=int, default=4, help="hidden topics")
     parser.add_argument("--topic-zipf", type=float, default=0.0,
-                        help="exponent of Zipf's law for the topics; 0: all are as frequent")
+                        help="exponent of Zipf's law for the topics; 0: all are equally frequent")
     parser.add_argument("--classes", type=int, default=20, help="word classes")
     parser.add_argument("--switch", type=float, default=0.01, help="chance of a new topic at a token")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="held-out share, for which the floor holds")
-    parser.add_argument("--context", type=int, help="also the floor of a reader who sees blocks of so many inputs")
+    parser.add_argument("--context", type=int,
+                        help="also compute the floor of a model that sees only blocks of this many tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=lambda name: Path(name).expanduser(),
                         default=Path(__file__).with_name("synthetic.tokens"))

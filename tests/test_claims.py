@@ -168,14 +168,15 @@ def times():
 
 
 SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
-    lambda: f"With 9.4% of the dense model's linear parameters, v11 is level with the dense model with AdamW: "
-            f"{signed('v11_tenth', 'dense_adamw')} nats from rank 64 (95% interval: "
-            f"{interval('v11_tenth', 'dense_adamw')}), {signed('tenth_wide', 'dense_adamw')} from rank 128 "
-            f"({interval('tenth_wide', 'dense_adamw')}).",
-    lambda: f"With 25% it is below it, by {by('v11_quarter', 'dense_adamw')} "
+    lambda: f"With 9.4% of the dense model's linear parameters, v11 is level with the dense model with AdamW if "
+            f"it starts at rank 64, {signed('v11_tenth', 'dense_adamw')} nats (95% interval: "
+            f"{interval('v11_tenth', 'dense_adamw')}), and below it if it starts at rank 128, "
+            f"{signed('tenth_wide', 'dense_adamw')} ({interval('tenth_wide', 'dense_adamw')}).",
+    lambda: f"With 25%, from rank 128, it is below it by {by('v11_quarter', 'dense_adamw')} "
             f"({interval('v11_quarter', 'dense_adamw')}).",
     lambda: f"The dense model with Muon stays ahead, by {by('dense_muon', 'tenth_wide')} and "
-            f"{by('dense_muon', 'v11_quarter')}:",
+            f"{by('dense_muon', 'v11_quarter')}. The goal was to match it with a quarter of its linear parameters; it "
+            "was missed.",
     lambda: f"At width 136 it ends {by('narrow136_muon_tied', 'tenth_wide')} nats below v11's tenth from 128, whose "
             f"size it has, and {by('narrow136_muon_tied', 'v11_quarter')} below v11's quarter.",
     lambda: f"and is level with it ({signed('narrow192_spectron', 'narrow136_muon_tied')}).",
@@ -189,17 +190,18 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
             f"and {by('dense_muon_tied', 'narrow136_muon_tied')} (95% interval: "
             f"{interval('narrow136_muon_tied', 'dense_muon_tied')}) if both have a tied head.",
     lambda: f"at the last epoch, where both overfit, it is level ({signed('transport', 'adaptive')}).",
-    lambda: "the two dtypes give {:.3f} and {:.3f} at the rate, {:.3f} and {:.3f} at twice it.".format(*(
+    lambda: "the two dtypes give {:.3f} and {:.3f} at a rate of 0.001, {:.3f} and {:.3f} at 0.002.".format(*(
         STUDY.mean(name, last_loss) for rate in (1, 2)
         for name in (f"search_rate{rate}_dropout0.1", f"try_dense_adamw_rate{rate}"))),
-    lambda: f"And {1 - share_of_linear('tenth_wide'):.0%} of v11's tenth lie outside its linear layers.",
+    lambda: f"And {1 - share_of_linear('tenth_wide'):.0%} of the parameters of v11 at a tenth lie outside its linear "
+            "layers.",
     lambda: f"For rank 16 the steps are worth {by('rank16_spectron', 'rank16_adamw')} nats over AdamW's if both have a "
             f"tied head, and {by('rank16_spectron', 'rank16_adamw_untied')} if AdamW has the untied one that suits it "
             "better.",
     lambda: f"From 64, cut to a tenth, the loss is {by('v11_tenth', 'rank16_spectron')} nats lower than with rank 16 "
             f"throughout, and from 128 another {by('tenth_wide', 'v11_tenth')} lower; to a quarter, 128 is worth "
             f"{by('v11_quarter', 'quarter_narrow')} over 64.",
-    lambda: f"trained from the start, they do no better than 16 in all layers "
+    lambda: f"trained from scratch, they do no better than 16 in all layers "
             f"({signed('tenth_afresh', 'rank16_spectron')}).",
     lambda: f"It is worth {by('v11_tenth', 'tenth_plain')} nats against cuts of the smallest singular values of W.",
     lambda: f"one rank for all layers does as well ({signed('tenth_uniform', 'v11_tenth')}), and one cut as well as "
@@ -211,7 +213,7 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
             f"{by('v11_tenth', 'v10_report')} above it.",
     lambda: f"the first four cuts move the loss by {jump('v11_tenth', slice(4)):.4f} at most in the Fisher metric, and "
             f"by {jump('tenth_plain', slice(4)):.4f} in the plain one.",
-    lambda: f"The last two, by which the ranks fall below {least_before('v11_tenth', 4):.0f} on average, raise it by "
+    lambda: f"The last two, from a mean rank of {least_before('v11_tenth', 4):.0f} down, raise it by "
             f"up to {jump('v11_tenth', slice(4, 6)):.3f}",
     lambda: f"The ranks at the end lie between {min(final_ranks('v11_tenth'))} and {max(final_ranks('v11_tenth'))}: "
             f"{fmean(final_ranks('v11_tenth', '0.up') + final_ranks('v11_tenth', '0.down')):.0f} on average in the "
@@ -289,11 +291,13 @@ SENTENCES_OF_COMPRESSION = [
             f"show: {costs(DENSE, 'all', 0.5)} nats with AdamW, {costs(MUON, 'all', 0.5)} with Muon.",
     lambda: f"Cut to a quarter, the two lose {costs(DENSE, 'all', 0.25)} and {costs(MUON, 'all', 0.25)}; by plain SVD, "
             f"at one share for every matrix, {costs(DENSE, 'all', 0.25, 'plain, uniform')} and "
-            f"{costs(MUON, 'all', 0.25, 'plain, uniform')}. Most of that is the metric: at one share it loses "
-            f"{costs(DENSE, 'all', 0.25, 'fisher, uniform')} and {costs(MUON, 'all', 0.25, 'fisher, uniform')}.",
+            f"{costs(MUON, 'all', 0.25, 'plain, uniform')}. Most of that is the metric: at one share the Fisher "
+            f"metric loses {costs(DENSE, 'all', 0.25, 'fisher, uniform')} and "
+            f"{costs(MUON, 'all', 0.25, 'fisher, uniform')}.",
     lambda: f"a quarter of their parameters is enough for the model trained with AdamW "
             f"({costs(DENSE, 'linear', 0.25)}), and costs the one trained with Muon {costs(MUON, 'linear', 0.25)}.",
-    lambda: f"linear layers cut to half lose {costs(DENSE, 'linear', 0.5)} and {costs(MUON, 'linear', 0.5)},",
+    lambda: f"linear layers cut to half change the loss by {costs(DENSE, 'linear', 0.5)} and "
+            f"{costs(MUON, 'linear', 0.5)},",
     lambda: f"v11 cut to half loses {costs(V11, 'all', 0.5)} in the Fisher metric and "
             f"{costs(V11, 'all', 0.5, 'plain, global')} by plain SVD under one budget",
     lambda: f"keep {fits(DENSE, kept, '.0%')} of all parameters after AdamW and {fits(MUON, kept, '.0%')} after Muon, "
@@ -305,8 +309,8 @@ SENTENCES_OF_COMPRESSION = [
             "told from it.",
     lambda: f"The v11 of width 256 is {above(compared(V11), compared(NARROW))} above it, the dense model with AdamW, "
             f"cut to a quarter, {above(compared(DENSE, 0.25), compared(NARROW))}.",
-    lambda: f"is nearly level with the one of width 80 ({above(compared(NARROW, 0.5), compared(NARROWER))}), and half "
-            f"of the v11 of width 192 too (+{above(compared(WIDER, 0.5), compared(NARROWER))});",
+    lambda: f"is nearly level with the one of width 80 ({above(compared(NARROW, 0.5), compared(NARROWER))}), and "
+            f"so is the v11 of width 192, cut to half (+{above(compared(WIDER, 0.5), compared(NARROWER))});",
     lambda: f"where v11 is {above(compared(V11), compared(DENSE))} above the dense model with AdamW, although the two "
             "are level on the whole held-out text (section 10).",
     lambda: f"{share_of_ends(V11)} of its parameters are embedding and head",
@@ -318,8 +322,8 @@ SENTENCES_OF_COMPRESSION = [
             f"{above(untuned(), tuned(1))}.",
 ]
 IN_README = [
-    lambda: f"its loss is {by('tenth_wide', 'dense_adamw')} nats lower.",
-    lambda: f"One with as many as v11 ends {by('narrow136_muon_tied', 'tenth_wide')} nats below v11, level with a v11",
+    lambda: f"v11's loss is {by('tenth_wide', 'dense_adamw')} nats lower.",
+    lambda: f"One of v11's total size ends {by('narrow136_muon_tied', 'tenth_wide')} nats below v11, level with a v11",
     lambda: f"within 5% of its perplexity on one half of the held-out text keeps {fits(DENSE, kept, '.0%')} of them, "
             f"at {fits(DENSE, rise, '+.1%')} on the other; "
             f"trained with Muon, {fits(MUON, kept, '.0%')}, at {fits(MUON, rise, '+.1%')}.",
@@ -400,12 +404,12 @@ SENTENCES_OF_LAW = [
             "above Muon.",
     lambda: f"At the smallest budget low rank is {low_rank_above('adamw', 0)} above AdamW, at the others "
             f"{low_rank_above('adamw', 1)}, {low_rank_above('adamw', 2)} and {low_rank_above('adamw', 3)}.",
-    lambda: f"In all parameters low rank has {exponent('spectron', 'a')} and {exponent('spectron', 'b')};",
+    lambda: f"With N all parameters, low rank has {exponent('spectron', 'a')} and {exponent('spectron', 'b')};",
     lambda: f"Three seeds differ with a standard deviation of {deviations(0)} nats (AdamW, Muon, Spectron) at the "
             f"second budget, and of {deviations(1)} at the largest.",
     lambda: f"Newton-Schulz takes {shares('muon', 'optimizer')} of Muon's multiplications at the largest budget, and "
             f"{shares('spectron', 'optimizer')} of Spectron's.",
-    lambda: f"the head takes {shares('spectron', 'head')} of low rank's multiplications there, and "
+    lambda: f"it takes {shares('spectron', 'head')} of low rank's multiplications at the largest budget, and "
             f"{shares('adamw', 'head')} of the dense model's.",
     lambda: f"the sum of powers puts AdamW's exponent of N, in multiplications per token, at {of_both_terms('adamw')}, "
             f"the parabolas at {exponent('adamw', 'a', 'per_token')}.",
@@ -436,9 +440,10 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: len(results.NAMES) == 6 and in_both(lambda prefix: place("adaptive", prefix) == 6)),
     ("README", "it is worth 0.17 nats",
      lambda: round(fmean(STUDY.differences("v10_report", "v10_transport", last_loss)), 2) == 0.17),
-    ("README", "keeps up with the dense model at a tenth of its linear parameters**, if that one is trained with AdamW",
+    ("README", "keeps up with the dense model at a tenth of its linear parameters**, if the dense model is trained "
+     "with AdamW",
      lambda: ratio("tenth_wide", "dense_adamw") < 0.1 and clearly("tenth_wide", "dense_adamw")),
-    ("README", "So does a narrower dense model with Muon**, with 46% of v11's parameters in all",
+    ("README", "So does a narrower dense model with Muon**, with 46% of v11's parameters in total",
      lambda: round(ratio("narrow80_muon_tied", "tenth_wide", results.parameters), 2) == 0.46
      and ratio("narrow80_muon_tied", "dense_adamw") < 0.1 and not clearly("dense_adamw", "narrow80_muon_tied")),
     ("README", "They overstate it by 6% on average", lambda: round(overstated(), 2) == 0.06),
@@ -460,7 +465,7 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "score 9.63 once the mask is put on", lambda: round(probe("val_loss_masked"), 2) == 9.63),
     ("RESULTS", "they score 6.71, and 1.94 at the others",
      lambda: (round(probe("loss_at_last_position"), 2), round(probe("loss_at_other_positions"), 2)) == (6.71, 1.94)),
-    ("RESULTS", "replacement in 76% of cases and the word of the text in 3%",
+    ("RESULTS", "replacement in 76% of cases and the original word in 3%",
      lambda: [round(probe(f"predicts_word_{key}"), 2) for key in ("put_there", "of_the_text")] == [0.76, 0.03]),
     ("RESULTS", "With the mask on from the start, nothing collapses",
      lambda: all(set(STUDY.collapses(name)) == {None} for name, group in STUDY.groups.items()
@@ -497,17 +502,18 @@ CLAIMS = [  # page, phrase, what it rests on
      < max(STUDY.differences("exact", "adaptive", best_loss)) < 0.01),
     ("RESULTS", "and the mask, neither holds in any seed after 16 epochs",
      lambda: not any(lowest_are_q_and_k("adaptive") + highest_is_o("adaptive"))),
-    ("RESULTS", "After 48, O is the highest in all three seeds; with transport, Q and K are the lowest in two of three",
+    ("RESULTS", "After 48, O is the highest in all three seeds. With transport, after 16, Q and K are the lowest in two of "
+     "three",
      lambda: highest_is_o("long") == [True] * 3 and sum(lowest_are_q_and_k("transport")) == 2),
     ("RESULTS", "the others have overfitted and it is third",
      lambda: sorted(results.NAMES, key=lambda name: STUDY.mean(name, last_loss)).index("adaptive") == 2),
-    ("README", "Counting pairs of words reaches 5.989", lambda: round(STUDY.ngrams["val"]["bigram"], 3) == 5.989),
+    ("README", "A bigram model reaches 5.989", lambda: round(STUDY.ngrams["val"]["bigram"], 3) == 5.989),
     ("README", "they reach 0.49", lambda: round(MEAN["synthetic_bidirectional"], 2) == 0.49),
     ("RESULTS", "In the report Q and K have the lowest mean ranks, and O the highest of the attention projections",
      lambda: sorted(plot_logs.REPORT_MEANS.values())[:2] == [plot_logs.REPORT_MEANS[name] for name in "QK"]
      and max("QKVO", key=plot_logs.REPORT_MEANS.get) == "O"),
     ("RESULTS", "22% of the official file is `<unk>`", lambda: round(STUDY.ngrams["test"]["unk"], 2) == 0.22),
-    ("RESULTS", "The tuned dense model is 0.187 nats better there than counted pairs of words",
+    ("RESULTS", "The tuned dense model is 0.187 nats better there than a bigram model",
      lambda: round(STUDY.ngrams["test"]["bigram"]
                    - fmean(run.end["test_loss_best"] for run in STUDY.groups["tuned_dense"].runs), 3) == 0.187),
     ("RESULTS", "(90,000 train, 10,000 validate; 4,491 distinct",
@@ -547,7 +553,7 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: all(found["randomised"][1] < 1.0025 for found in BENCH["svds"].values())
      and round(BENCH["svds"]["4,096 x 4,096 at rank 128"]["exact"][0]
                / BENCH["svds"]["4,096 x 4,096 at rank 128"]["randomised"][0]) in (24, 25)),
-    ("RESULTS", "Spectron's steps and a wide start bring most",
+    ("RESULTS", "Spectron's steps and a high starting rank bring most",
      lambda: [row[1:] for row in sorted(results.BROUGHT[:-1], key=lambda row: fmean(STUDY.differences(
          *row[1:], last_loss)))][:2] == [("rank16_spectron", "rank16_adamw"), ("v11_tenth", "rank16_spectron")]
      and all(clearly(*pair) for pair in (("tenth_wide", "v11_tenth"), ("v11_quarter", "quarter_narrow"),
@@ -558,7 +564,7 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "One budget over all layers brings nothing here",
      lambda: not clearly("v11_tenth", "tenth_uniform") and not clearly("v11_tenth", "tenth_once")),
     ("RESULTS", "comes close to a dense model with AdamW at the larger two of four budgets, and stays behind one with "
-     "Muon at all",
+     "Muon at all four",
      lambda: [low_rank_beside("adamw", budget) for budget in (2, 3)] == [0, 0]
      and [low_rank_beside("muon", budget) for budget in range(4)] == [1, 1, 1, 1]),
     ("README", "comes close to dense AdamW at the larger two of four budgets, not to dense Muon",

@@ -818,6 +818,7 @@ def next_batch(tokens: Tensor | TokenFile, step: int, batch_size: int, block_siz
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
+ALIGNED = {"cuda": 64}  # products of other sizes may take several times as long there (pytorch#146817)
 REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
@@ -826,20 +827,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The logits exist for a tile of tokens at a time, as many as fit in LOGITS_BYTES. They become p, then p - onehot, the
     gradient, from which those of x, W and b are formed at once; the backward pass only scales them. Without `grad` none
-    of that is done. Products run in `dtype`; the bias, probabilities, the loss and sums over tiles stay in W's.
+    of that is done. Products run in `dtype`; the bias, probabilities, the loss and sums over tiles stay in W's. Where
+    sizes should be ALIGNED, words of probability 0 fill them up.
     """
 
     @staticmethod
     def forward(ctx, x, W, b, targets, dtype, grad):
-        N, V, on_cpu = len(x), len(W), W.device.type == "cpu"
+        N, n_words, on_cpu = len(x), len(W), W.device.type == "cpu"
+        V = n_words + -n_words % ALIGNED.get(W.device.type, 1)
         tokens = LOGITS_BYTES // (V * W.element_size())
         tokens = min(N, 1 << max(tokens.bit_length() - 1, 0))  # a power of two: odd sizes make slower products
         rows = max(1, CACHE_BYTES // (V * W.element_size())) if on_cpu else tokens
         logits = torch.empty(tokens, V, dtype=dtype, device=W.device)
         exact = torch.empty(min(rows, tokens), V, dtype=W.dtype, device=W.device) if dtype != W.dtype else None
         low_W, loss = W.to(dtype), W.new_zeros(())
-        d_x, d_W = (torch.empty_like(p, dtype=W.dtype) for p in (x, W)) if grad else (None, None)
-        d_b = torch.zeros_like(b) if grad else None
+        if V > n_words:
+            low_W, b = F.pad(low_W, (0, 0, 0, V - n_words)), F.pad(b, (0, V - n_words), value=-math.inf)
+        d_x, d_W, d_b = ((torch.empty_like(x, dtype=W.dtype), torch.empty_like(low_W, dtype=W.dtype),
+                          torch.zeros_like(b)) if grad else 3 * (None,))
         for start in range(0, N, tokens):
             tile = slice(start, start + tokens)
             low_x = x[tile].to(dtype)
@@ -857,7 +862,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 add_product(d_W, Z.T, low_x, first=start == 0)
                 for word in range(0, V, REDUCTION):
                     add_product(d_x[tile], Z[:, word:word + REDUCTION], low_W[word:word + REDUCTION], first=word == 0)
-        ctx.save_for_backward(d_x, d_W, d_b)
+        ctx.save_for_backward(*((d_x, d_W[:n_words], d_b[:n_words]) if grad else ()))
         ctx.N = N
         return loss / N
 

@@ -502,8 +502,8 @@ CLAIMS = [  # page, phrase, what it rests on
      < max(STUDY.differences("exact", "adaptive", best_loss)) < 0.01),
     ("RESULTS", "and the mask, neither holds in any seed after 16 epochs",
      lambda: not any(lowest_are_q_and_k("adaptive") + highest_is_o("adaptive"))),
-    ("RESULTS", "After 48, O is the highest in all three seeds. With transport, after 16, Q and K are the lowest in two of "
-     "three",
+    ("RESULTS", "After 48, O is the highest in all three seeds. With transport, after 16, Q and K are the lowest in "
+     "two of three",
      lambda: highest_is_o("long") == [True] * 3 and sum(lowest_are_q_and_k("transport")) == 2),
     ("RESULTS", "the others have overfitted and it is third",
      lambda: sorted(results.NAMES, key=lambda name: STUDY.mean(name, last_loss)).index("adaptive") == 2),

@@ -32,6 +32,20 @@ def test_loss_and_gradients_are_exact_whatever_the_tiles(monkeypatch, tokens, re
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("aligned", [1, 8, 37, 64])
+def test_words_that_fill_up_a_size_change_nothing(monkeypatch, aligned):
+    want = ours(*(given := problem()))
+    gradients = torch.autograd.grad(want, given[:3])
+    monkeypatch.setattr(v10, "ALIGNED", {"cpu": aligned})
+    widths, product = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, out: widths.add(out.shape[1]) or product(*a, out=out))
+    got = ours(*(given := problem()))
+    assert widths == {-(-V // aligned) * aligned}
+    assert got.item() == pytest.approx(want.item(), rel=1e-14)
+    for mine, theirs in zip(torch.autograd.grad(got, given[:3]), gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-16)
+
+
 def test_no_tile_holds_more_than_its_bytes(monkeypatch):
     shapes, product = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, out: shapes.append(tuple(out.shape)) or product(*a, out=out))

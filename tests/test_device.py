@@ -1,6 +1,9 @@
 """Nothing is left on the CPU, or fetched from there, when the model is on another device: tried on PyTorch's "meta"
-device, whose tensors have shapes and no values, so that a mix of devices is found without a GPU."""
+device, whose tensors have shapes and no values, so that a mix of devices is found without a GPU. Where there is one, it
+trains as the CPU does."""
 import contextlib
+import os
+import signal
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_selfguided as selfguided
 import v11_transformer_lowrank_spectron as v11
+from conftest import RANKS, records
+from test_safety import at_call
 
 FLAGS = """--d-model 32 --n-layers 2 --n-heads 2 --d-ff 64 --block-size 16 --batch-size 4 --dropout 0.1 --epochs 2
            --steps-per-epoch 4""".split()
-RANKS = ["--init-rank", "12", "--min-rank", "4"]
+GPU = "cuda"
 
 
 def with_values(tensor):
@@ -76,3 +81,19 @@ def test_training_measuring_and_resizing_mix_no_devices(device, variant, flags):
                for name in optimizer.moments]
     assert moments
     assert {tensor.device for tensor in (*model.parameters(), *moments)} == {device}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("main", "flags"), [
+    (v10.main, [*RANKS, "--optimizer-on-resize", "transport"]), (v7.main, []),
+    (v11.main, [*RANKS, "--rank-budget", "0.3"]), (selfguided.main, RANKS)])
+def test_a_gpu_trains_about_as_the_cpu_does_and_goes_on(run, monkeypatch, main, flags, dtype):
+    flags = [*flags, "--dtype", dtype, "--dropout", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(v10, "train_step", at_call(8, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run("--device", GPU, *flags, main=main, ranks=[], name="there", code=143)
+    there = run("--device", GPU, "--resume", *flags, main=main, ranks=[], name="there")
+    here = run(*flags, main=main, ranks=[], name="here")
+    losses = [[epoch["val_loss"] for epoch in records(log, "epoch")] for log in (here, there)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)

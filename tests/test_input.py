@@ -167,7 +167,7 @@ OF_SYNTHETIC = [
     (["--tokens", "100"], "--tokens must leave room"), (["--words", "10"], "--classes"),
     (["--classes", "200"], "--classes"),
     (["--tokens", "999999999999"], "--tokens"), (["--topics", "999999999"], "memory"), (["--out", "a.json"], ".json"),
-    (["--out", "nowhere/a.tokens"], "cannot write"), (["--out", "folder"], "cannot write"),
+    (["--out", "nowhere/a.tokens"], "cannot write"), (["--out", "folder"], "folder is not a plain file"),
     (["--out", ""], "needs the name of a file"), (["--out", "good/a"], "cannot write"), (["word"], "unrecognized")]
 OF_WIKITEXT2 = [(["--out", "good"], "cannot write good"), (["--out", "good/a"], "cannot write good/a"),
                 (["--out"], "expected one argument"), (["word"], "unrecognized"), (["--unknown"], "unrecognized")]

@@ -1861,8 +1861,14 @@ def save(path: Path, content: dict, previous: Path | None = None) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|(allocate|enough) memory|size calc", str(error)))
+
+
 def load(path: Path) -> dict:
-    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else."""
+    """What save() wrote, on the CPU; runs no code from the file. Raises UserError for anything else, TrainingError if
+    memory runs out."""
     try:
         with open(path, "rb") as file:
             size = max(file.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
@@ -1875,7 +1881,9 @@ def load(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format"]
-    except Exception:  # torch.load raises whatever foreign bytes lead to
+    except Exception as error:  # torch.load raises whatever foreign bytes lead to
+        if sealed and out_of_memory(error):
+            raise TrainingError(f"{path} is whole, but to read it takes more memory than there is") from None
         version = None
     if sealed and version == FORMAT:
         return content
@@ -2327,7 +2335,7 @@ def run_command(argv, variant):
         return fail("interrupted; --resume goes on from the last checkpoint, if there is one",
                     128 + (error.args[0] if error.args else signal.SIGINT), everywhere=True)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|(allocate|enough) memory|size calc", str(error)):
+        if out_of_memory(error):
             return fail("error: out of memory: try a larger --grad-accum, which takes a step in more parts, or a "
                         "smaller --batch-size, --block-size, --d-model or --d-ff", 2, everywhere=True)
         if process_count() == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):

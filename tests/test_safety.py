@@ -647,6 +647,16 @@ def test_out_of_memory_says_what_to_lower(run, monkeypatch, capsys, size):
     assert said.count("\n") == 1
 
 
+def test_a_checkpoint_that_memory_cannot_take_is_not_called_damaged(run, monkeypatch, capsys):
+    log = run()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**45))
+    run("--resume", "--epochs", 5, code=1)
+    said = capsys.readouterr().err
+    assert f"{log.with_suffix('.pt')} is whole, but to read it takes more memory than there is" in said
+    assert said.count("\n") == 1
+    assert "remove" not in said
+
+
 def test_an_error_of_our_own_is_not_taken_for_the_users(run, monkeypatch):
     def bug(*_):
         raise RuntimeError("a bug")

@@ -1001,7 +1001,7 @@ def main(argv=None):
         print(f"compress.py: error: a decomposition failed, so the weights are out of bounds: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not v10.out_of_memory(error):
             raise
         advice = "a smaller --batch-size" if args.command == "tune" else "fewer --tokens, or --only linear"
         print(f"compress.py: error: out of memory: try {advice}", file=sys.stderr)

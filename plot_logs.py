@@ -249,9 +249,9 @@ def ended(path: Path) -> Run | None:
     return run if run.end else None
 
 
-def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
+def read_log(path: Path, name: str, init_rank: float = 64, quiet: bool = False) -> Run:
     """A log -> Run. Raises LogError, also if it has no epoch yet."""
-    run = read_run(path, name, init_rank)
+    run = read_run(path, name, init_rank, quiet)
     if not run.epochs:
         raise LogError(f"{path}: no epoch in it yet")
     return run
@@ -313,10 +313,10 @@ def check_compression(record):
 
 def read_compression(path: Path, name: str) -> Compression | None:
     """A log of compress.py, or None if it is another log. Raises LogError."""
-    found = records(path, quiet=True)
+    found = records(path)
     if not any(isinstance(record, dict) and record.get("kind") == "compress" for _, record in found):
         return None
-    for number, record in (found := records(path)):
+    for number, record in found:
         try:
             check_compression(record)
         except ValueError as error:
@@ -337,7 +337,8 @@ def read_logs(paths: list[Path], init_rank: float = 64) -> tuple[list[Run], list
         while unique.casefold() in taken:
             unique, i = f"{name}_{i}", i + 1
         try:
-            found.append(read_compression(path, unique) or read_log(path, unique, init_rank))
+            found.append(read_compression(path, unique)  # which has warned of a last line that is cut off
+                         or read_log(path, unique, init_rank, quiet=True))
         except LogError as problem:
             problems.append(problem)
     if not found:

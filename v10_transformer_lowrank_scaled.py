@@ -862,7 +862,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 add_product(d_W, Z.T, low_x, first=start == 0)
                 for word in range(0, V, REDUCTION):
                     add_product(d_x[tile], Z[:, word:word + REDUCTION], low_W[word:word + REDUCTION], first=word == 0)
-        ctx.save_for_backward(*((d_x, d_W[:n_words], d_b[:n_words]) if grad else ()))
+        if grad:
+            ctx.save_for_backward(d_x, d_W[:n_words], d_b[:n_words])
         ctx.N = N
         return loss / N
 
@@ -1350,7 +1351,7 @@ def finish(run):
             best_model = build_model(once(load, files.best), run.variant.linear).to(run.device)
             best_model.low_precision = model.low_precision
             end["test_loss_best"] = evaluate(best_model, tokens, run.args.batch_size)
-        except UserError as error:
+        except (UserError, TrainingError) as error:
             say(f"*** no test loss of the best epoch: {error}")
     write_record(files.log, "end", **end, total_sec=run.state.seconds)
     ranks, memory = model.ranks(), peak_memory_mb(run.device)

@@ -19,7 +19,6 @@ from test_safety import at_call
 
 FLAGS = """--d-model 32 --n-layers 2 --n-heads 2 --d-ff 64 --block-size 16 --batch-size 4 --dropout 0.1 --epochs 2
            --steps-per-epoch 4""".split()
-GPU = "cuda"
 
 
 def with_values(tensor):
@@ -92,8 +91,8 @@ def test_a_gpu_trains_about_as_the_cpu_does_and_goes_on(run, monkeypatch, main, 
     flags = [*flags, "--dtype", dtype, "--dropout", 0]
     with monkeypatch.context() as patch:
         patch.setattr(v10, "train_step", at_call(8, v10.train_step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        run("--device", GPU, *flags, main=main, ranks=[], name="there", code=143)
-    there = run("--device", GPU, "--resume", *flags, main=main, ranks=[], name="there")
+        run("--device", "cuda", *flags, main=main, ranks=[], name="there", code=143)
+    there = run("--device", "cuda", "--resume", *flags, main=main, ranks=[], name="there")
     here = run(*flags, main=main, ranks=[], name="here")
     losses = [[epoch["val_loss"] for epoch in records(log, "epoch")] for log in (here, there)]
     assert losses[0] == pytest.approx(losses[1], abs=0.03)

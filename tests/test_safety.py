@@ -657,6 +657,16 @@ def test_a_checkpoint_that_memory_cannot_take_is_not_called_damaged(run, monkeyp
     assert "remove" not in said
 
 
+def test_a_best_model_that_memory_cannot_take_costs_its_test_loss_alone(run, text, monkeypatch, capsys):
+    test = text.with_name("test.tokens")
+    test.write_bytes(text.read_bytes())
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**45))
+    end, = records(run("--test-file", test), "end")
+    assert "*** no test loss of the best epoch: " in capsys.readouterr().out
+    assert end["test_loss_best"] is None
+    assert end["test_loss_last"] > 0
+
+
 def test_an_error_of_our_own_is_not_taken_for_the_users(run, monkeypatch):
     def bug(*_):
         raise RuntimeError("a bug")

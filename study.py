@@ -151,6 +151,14 @@ BUDGETED = {
     "tenth_afresh": f"{TENTH} {{v11_tenth.3}} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
 NARROWED = {arm: f"{command} {{{arm}.3}}" for arm, command in NARROW.items()}
+# The same on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so there
+# is no dropout. All other settings are the arm's own.
+WHOLE = {f"whole_{arm}": f"{command} {{{tuned}.3}} --dtype float32 --dropout 0 --epochs {{twice_the_epochs}} "
+                         "--data-file {data_file} --min-count 50 --val-fraction 0.005"
+         for arm, tuned, command in (
+             *((arm, arm, TUNED[arm]) for arm in ("dense_muon_tied", "dense_adamw_tied", "narrow192_spectron",
+                                                  "narrow136_muon_tied", "narrow80_muon_tied")),
+             ("tenth_wide", "v11_tenth", f"{CHANGING['v11_tenth']} --init-rank {{wide}}"))}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
               "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"],
@@ -164,7 +172,7 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -209,9 +217,9 @@ class Study:
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
-                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in COMPRESSED)]
-        if args.size != "small":  # whose widths these are
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name]]
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE | COMPRESSED)]
+        if args.size != "small":  # whose widths and text these are
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in WHOLE]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
@@ -294,7 +302,8 @@ class Study:
         return {"size": self.size, "short": SHORT if self.args.short else "",
                 "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
                 "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
-                "three_times_the_epochs": 3 * self.defaults.epochs, "wide": min(128, self.defaults.d_model),
+                "twice_the_epochs": 2 * self.defaults.epochs, "three_times_the_epochs": 3 * self.defaults.epochs,
+                "wide": min(128, self.defaults.d_model),
                 "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}[name]
 
     def lowest(self, commands, loss):

@@ -397,6 +397,23 @@ def narrow(study):
         "multiplications in all (dense, AdamW: 1)"], rows)
 
 
+WHOLE_TEXT = [f"whole_{name}" for name in ("dense_muon_tied", "dense_adamw_tied", "narrow136_muon_tied",
+                                           "narrow192_spectron", "tenth_wide", "narrow80_muon_tied")]
+
+
+def whole(study):
+    """Some of them on the whole text, and how far they are from a narrower dense model there and on the short one."""
+    other = "narrow136_muon_tied"
+    rows = []
+    for name in WHOLE_TEXT:
+        short = name.removeprefix("whole_")
+        rows.append([LABELS[short], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+                     beside(study, name, f"whole_{other}"), beside(study, short, other)])
+    return Table("whole", "", [
+        f"n = {len(study.groups[WHOLE_TEXT[0]].runs)}", "M parameters in the linear layers", "in all", "last val loss",
+        f"{DASH} {LABELS[other]} (95% interval)", "the same on 100,000 words"], rows)
+
+
 def headline(study):
     """README's: v11 and what it competes with, in short."""
     names = ("dense_muon", "narrow136_muon_tied", "narrow192_spectron", "v11_quarter", "tenth_wide",
@@ -836,6 +853,7 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
+             (set(study.groups) >= {*NARROW, *NEEDED_FOR_CUTS, *WHOLE_TEXT}, {"whole": whole}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},

@@ -132,7 +132,8 @@ def rounds(arm):
 
 TUNING = {name: f"{command} {flags}" for i in range(3) for arm, command in TUNED.items()  # round by round: none waits
           for name, flags in rounds(arm)[i].items()}
-CONTROLLED = {arm: f"{command} {{{arm}.3}} --telemetry" for arm, command in ARMS.items()}
+AT_BEST = {arm: f"{command} {{{arm}.3}}" for arm, command in TUNED.items()}
+CONTROLLED = {arm: f"{AT_BEST[arm]} --telemetry" for arm in ARMS}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
                for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}
 CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{arm}}}"
@@ -141,29 +142,26 @@ CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --wa
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
 CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # next to no decay
-CUT = CHANGING["v11_tenth"] + " {v11_tenth.3}"  # the other cuts take the settings of this one
+CUT = AT_BEST["v11_tenth"]  # the other cuts take the settings of this one
 BUDGETED = {
-    **{arm: f"{command} {{{arm}.3}}" for arm, command in CHANGING.items()},
+    **{arm: AT_BEST[arm] for arm in CHANGING},
     "tenth_wide": f"{CUT} --init-rank {{wide}}", "tenth_once": f"{CUT} --cuts 1",
     "tenth_plain": f"{CUT} --cut-metric plain",
     **{f"tenth_{signal}": f"{CUT} --rank-signal {signal}" for signal in ("uniform", "stable", "energy", "gradient")},
     "tenth_plain_uniform": f"{CUT} --cut-metric plain --rank-signal uniform",
     "tenth_afresh": f"{TENTH} {{v11_tenth.3}} --cuts 0 --ranks-from {{v11_tenth.log}}",
-    "quarter_narrow": CHANGING["v11_quarter"] + " {v11_quarter.3} --init-rank 64"}
-NARROWED = {arm: f"{command} {{{arm}.3}}" for arm, command in NARROW.items()}
-# The same on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so there
-# is no dropout. All other settings are the arm's own.
-WHOLE = {f"whole_{arm}": f"{command} {{{tuned}.3}} --dtype float32 --dropout 0 --epochs {{twice_the_epochs}} "
-                         "--data-file {data_file} --min-count 50 --val-fraction 0.005"
-         for arm, tuned, command in (
-             *((arm, arm, TUNED[arm]) for arm in ("dense_muon_tied", "dense_adamw_tied", "narrow192_spectron",
-                                                  "narrow136_muon_tied", "narrow80_muon_tied")),
-             ("tenth_wide", "v11_tenth", f"{CHANGING['v11_tenth']} --init-rank {{wide}}"))}
+    "quarter_narrow": AT_BEST["v11_quarter"] + " --init-rank 64"}
+NARROWED = {arm: AT_BEST[arm] for arm in NARROW}
+# Some of them on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so
+# there is no dropout. All other settings are those of the short text.
+WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 --dropout 0 --epochs {{twice_the_epochs}} "
+                              "--data-file {data_file} --min-count 50 --val-fraction 0.005"
+              for arm in ("dense_muon_tied", "dense_adamw_tied", "narrow192_spectron", "narrow136_muon_tied",
+                          "narrow80_muon_tied", "tenth_wide")}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
-COMPRESSED = {"compressed_dense": f"{ARMS['dense_adamw']} {{dense_adamw.3}}",
-              "compressed_muon": f"{ARMS['dense_muon']} {{dense_muon.3}}", "compressed_v11": BUDGETED["v11_tenth"],
-              **{f"compressed_narrow{width}": NARROWED[f"narrow{width}_{how}"]
-                 for width, how in ((136, "muon_tied"), (80, "muon_tied"), (192, "spectron"))}}
+COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
+    ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
+    ("narrow80", "narrow80_muon_tied"), ("narrow192", "narrow192_spectron"))}
 TO_CUT, TO_TUNED = ("--out {cut} --overwrite {text}", "--uncut {model} --out {tuned} --overwrite {text} --steps 80")
 COMPRESSIONS = ["spectrum {model}", "compare {model} --only linear {text}", "compare {model} {text}",
                 f"fit {{model}} --loss +5% {TO_CUT}"]
@@ -172,7 +170,7 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -217,9 +215,9 @@ class Study:
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
-                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE | COMPRESSED)]
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED)]
         if args.size != "small":  # whose widths and text these are
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in WHOLE]
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in WHOLE_TEXT]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it

@@ -158,6 +158,11 @@ WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 --dr
                               "--data-file {data_file} --min-count 50 --val-fraction 0.005"
               for arm in ("dense_muon_tied", "dense_adamw_tied", "narrow192_spectron", "narrow136_muon_tied",
                           "narrow80_muon_tied", "tenth_wide")}
+CHECKED = {  # do other settings do better there? on one seed, for the arms that the pages compare
+    f"whole_{arm}_{kind}": f"{WHOLE_TEXT[f'whole_{arm}']} {flags}" for arm, rate, decay in (
+        ("dense_adamw_tied", "--lr 0.002", ""), ("tenth_wide", "--eta 0.14", "--factor-decay 0.0048"),
+        ("narrow80_muon_tied", "--eta 0.04", "--factor-decay 0.017"))
+    for kind, flags in (("rate2", rate), ("decay_third", f"--weight-decay 0.3 {decay}".strip()))}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
@@ -170,7 +175,7 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | CHECKED | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -215,9 +220,11 @@ class Study:
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
-                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED)]
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED),
+                *(Run(name, UNSEEN[0]) for name in CHECKED)]
         if args.size != "small":  # whose widths and text these are
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in WHOLE_TEXT]
+            own = WHOLE_TEXT | CHECKED
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in own]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it

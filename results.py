@@ -397,8 +397,9 @@ def narrow(study):
         "multiplications in all (dense, AdamW: 1)"], rows)
 
 
-WHOLE_TEXT = [f"whole_{name}" for name in ("dense_muon_tied", "dense_adamw_tied", "narrow136_muon_tied",
-                                           "narrow192_spectron", "tenth_wide", "narrow80_muon_tied")]
+WHOLE_TEXT = [f"whole_{name}" for name in (
+    "dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow136_muon_tied", "narrow192_spectron", "tenth_wide",
+    "narrow80_muon_tied")]
 
 
 def whole(study):
@@ -412,6 +413,17 @@ def whole(study):
     return Table("whole", "", [
         f"n = {len(study.groups[WHOLE_TEXT[0]].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         f"{DASH} {LABELS[other]} (95% interval)", "the same on 100,000 words"], rows)
+
+
+CHECKED = {"rate2": "twice the rate", "decay_third": "a third of the decay"}
+
+
+def checked(study):
+    """By how much other settings change the last loss on the whole text, on one seed."""
+    names = [name for name in WHOLE_TEXT if f"{name}_rate2" in study.groups]
+    return Table("checked", "", ["one seed, change of the last val loss", *CHECKED.values()], [
+        [LABELS[name.removeprefix("whole_")],
+         *(Cell(study.differences(f"{name}_{kind}", name, last_loss), "+.3f") for kind in CHECKED)] for name in names])
 
 
 def headline(study):
@@ -784,6 +796,17 @@ def budget_figure(study):
     return figure
 
 
+def whole_figure(study):
+    """The same on the whole text."""
+    labels = {name: LABELS[name.removeprefix("whole_")] for name in WHOLE_TEXT}
+    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    draw_arms(linear, study, labels, linear_parameters, {"whole_narrow192_spectron": LEFT})
+    draw_arms(of_all, study, labels, parameters, {"whole_narrow192_spectron": LEFT})
+    explain_arms(figure)
+    figure.suptitle("..." if study.is_reference else "Validation loss against parameters, on the whole text")
+    return figure
+
+
 def compressed_figure(study):
     """The loss against all parameters, after cuts of trained models."""
     figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -853,7 +876,8 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
-             (set(study.groups) >= {*NARROW, *NEEDED_FOR_CUTS, *WHOLE_TEXT}, {"whole": whole}, {}),
+             (set(study.groups) >= {*NARROW, *NEEDED_FOR_CUTS, *WHOLE_TEXT, "whole_tenth_wide_rate2"},
+              {"whole": whole, "checked": checked}, {"whole": whole_figure}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},

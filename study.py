@@ -156,8 +156,8 @@ NARROWED = {arm: AT_BEST[arm] for arm in NARROW}
 # there is no dropout. All other settings are those of the short text.
 WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 --dropout 0 --epochs {{twice_the_epochs}} "
                               "--data-file {data_file} --min-count 50 --val-fraction 0.005"
-              for arm in ("dense_muon_tied", "dense_adamw_tied", "narrow192_spectron", "narrow136_muon_tied",
-                          "narrow80_muon_tied", "tenth_wide")}
+              for arm in ("dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow192_spectron",
+                          "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
 CHECKED = {  # do other settings do better there? on one seed, for the arms that the pages compare
     f"whole_{arm}_{kind}": f"{WHOLE_TEXT[f'whole_{arm}']} {flags}" for arm, rate, decay in (
         ("dense_adamw_tied", "--lr 0.002", ""), ("tenth_wide", "--eta 0.14", "--factor-decay 0.0048"),

@@ -796,17 +796,6 @@ def budget_figure(study):
     return figure
 
 
-def whole_figure(study):
-    """The same on the whole text."""
-    labels = {name: LABELS[name.removeprefix("whole_")] for name in WHOLE_TEXT}
-    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    draw_arms(linear, study, labels, linear_parameters, {"whole_narrow192_spectron": LEFT})
-    draw_arms(of_all, study, labels, parameters, {"whole_narrow192_spectron": LEFT})
-    explain_arms(figure)
-    figure.suptitle("..." if study.is_reference else "Validation loss against parameters, on the whole text")
-    return figure
-
-
 def compressed_figure(study):
     """The loss against all parameters, after cuts of trained models."""
     figure, axes = plot_logs.plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -877,7 +866,7 @@ def available(study):
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
              (set(study.groups) >= {*NARROW, *NEEDED_FOR_CUTS, *WHOLE_TEXT, "whole_tenth_wide_rate2"},
-              {"whole": whole, "checked": checked}, {"whole": whole_figure}),
+              {"whole": whole, "checked": checked}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},

@@ -19,6 +19,10 @@ BENCH = json.loads((ROOT / "logs" / "reference" / "bench.json").read_text())
 MEAN = {name: fmean(map(best_loss, group.runs)) for name, group in STUDY.groups.items()}
 
 
+# Of the whole text, whose entropy and bigrams are others than those that a collapse is told by.
+CHECKED = [f"{name}_{kind}" for name in results.WHOLE_TEXT for kind in results.CHECKED]
+
+
 def place(name, prefix):
     """The place of a configuration among the six of one regime, by the mean of the best losses."""
     return 1 + sorted(results.NAMES, key=lambda name: MEAN[prefix + name]).index(name)
@@ -219,6 +223,26 @@ SENTENCES_OF_CUTS = [  # of RESULTS.md's section on ranks under one budget
             f"{fmean(final_ranks('v11_tenth', '0.up') + final_ranks('v11_tenth', '0.down')):.0f} on average in the "
             "feed-forward layers of the first block, "
             f"{fmean(final_ranks('v11_tenth', '3.q') + final_ranks('v11_tenth', '3.k')):.0f} in Q and K of the last.",
+]
+def changed(arm, kind):
+    """By how much another setting changes the loss of an arm on the whole text, on the seed that tried it."""
+    (difference,) = STUDY.differences(f"whole_{arm}_{kind}", f"whole_{arm}", last_loss)
+    return difference
+
+
+SENTENCES_OF_WHOLE = [  # of the section on the whole text
+    lambda: f"the dense model with Muon loses {by('whole_dense_muon_tied', 'whole_narrow136_muon_tied')} nats from "
+            f"width 256 to 136, where it lost {by('dense_muon_tied', 'narrow136_muon_tied')} on the short text, and "
+            f"{by('whole_dense_muon_tied', 'whole_narrow80_muon_tied')} from 256 to 80.",
+    lambda: f"it ends {by('whole_narrow136_muon_tied', 'whole_tenth_wide')} nats below v11's tenth, instead of "
+            f"{by('narrow136_muon_tied', 'tenth_wide')}, and "
+            f"{by('whole_narrow136_muon_tied', 'whole_narrow192_spectron')} below the v11 of width 192.",
+    lambda: f"v11's tenth ends {by('whole_tenth_wide', 'whole_narrow80_muon_tied')} nats below the dense model of "
+            f"width 80 with Muon, instead of {by('tenth_wide', 'narrow80_muon_tied')}.",
+    lambda: f"v11's tenth ends {by('whole_tenth_wide', 'whole_dense_adamw')} nats below the dense model with AdamW. "
+            f"But twice the rate changes AdamW's loss by {changed('dense_adamw_tied', 'rate2'):+.3f} and a third of "
+            f"the decay by {changed('dense_adamw_tied', 'decay_third'):+.3f}, and v11's by "
+            f"{changed('tenth_wide', 'rate2'):+.3f} and {changed('tenth_wide', 'decay_third'):+.3f}.",
 ]
 
 
@@ -446,6 +470,10 @@ CLAIMS = [  # page, phrase, what it rests on
     ("README", "So does a narrower dense model with Muon**, with 46% of v11's parameters in total",
      lambda: round(ratio("narrow80_muon_tied", "tenth_wide", results.parameters), 2) == 0.46
      and ratio("narrow80_muon_tied", "dense_adamw") < 0.1 and not clearly("dense_adamw", "narrow80_muon_tied")),
+    ("README", "On 2 million [width is worth more](RESULTS.md#on-twenty-times-the-text)",
+     lambda: all(clearly("whole_dense_muon_tied", f"whole_{name}") and fmean(STUDY.differences(
+         f"whole_{name}", "whole_dense_muon_tied", last_loss)) > 1.5 * fmean(STUDY.differences(
+             name, "dense_muon_tied", last_loss)) for name in ("narrow136_muon_tied", "narrow80_muon_tied"))),
     ("README", "They overstate it by 6% on average", lambda: round(overstated(), 2) == 0.06),
     ("README", "stays at a loss of 6.14; without it, it falls to 1.98",
      lambda: (round(MEAN["adaptive"], 2), round(MEAN["bidirectional"], 2)) == (6.14, 1.98)),
@@ -469,7 +497,7 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: [round(probe(f"predicts_word_{key}"), 2) for key in ("put_there", "of_the_text")] == [0.76, 0.03]),
     ("RESULTS", "With the mask on from the start, nothing collapses",
      lambda: all(set(STUDY.collapses(name)) == {None} for name, group in STUDY.groups.items()
-                 if not group.first.sees_targets)),
+                 if not group.first.sees_targets and name not in results.WHOLE_TEXT + CHECKED)),
     ("RESULTS", "with 12 times the linear parameters",
      lambda: in_both(lambda p: round(ratio(p + "dense", p + "transport")) == 12)),
     ("RESULTS", "Dense layers have the lowest best loss in both settings",
@@ -595,7 +623,8 @@ def test_the_logs_say_what_the_page_says(page, phrase, holds):
 
 
 @pytest.mark.parametrize(("page", "sentence"), [
-    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_OF_COMPRESSION,
+    *(("RESULTS", sentence) for sentence in [*SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_OF_WHOLE,
+                                               *SENTENCES_OF_COMPRESSION,
                                                *SENTENCES_OF_LAW, times]),
     *(("README", sentence) for sentence in IN_README)])
 def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
@@ -652,4 +681,6 @@ def test_the_titles_of_the_figures_hold():
     assert clearly("dense_muon_tied", "rank64_spectron")
     assert 0.28 < 1 - STUDY.mean("untrained", mean_rank) / 64 < 0.36, "ranks down by a third"
     for name, group in STUDY.groups.items():
+        if name in results.WHOLE_TEXT + CHECKED:
+            continue
         assert (None in STUDY.collapses(name)) == (not group.first.sees_targets), name

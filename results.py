@@ -405,25 +405,23 @@ WHOLE_TEXT = [f"whole_{name}" for name in (
 def whole(study):
     """Some of them on the whole text, and how far they are from a narrower dense model there and on the short one."""
     other = "narrow136_muon_tied"
-    rows = []
-    for name in WHOLE_TEXT:
-        short = name.removeprefix("whole_")
-        rows.append([LABELS[short], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
-                     beside(study, name, f"whole_{other}"), beside(study, short, other)])
+    rows = [[LABELS[name.removeprefix("whole_")], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+             beside(study, name, f"whole_{other}"), beside(study, name.removeprefix("whole_"), other)]
+            for name in WHOLE_TEXT]
     return Table("whole", "", [
         f"n = {len(study.groups[WHOLE_TEXT[0]].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         f"{DASH} {LABELS[other]} (95% interval)", "the same on 100,000 words"], rows)
 
 
-CHECKED = {"rate2": "twice the rate", "decay_third": "a third of the decay"}
+CHECKED = ("whole_dense_adamw_tied", "whole_tenth_wide", "whole_narrow80_muon_tied")
+OTHERS = {"rate2": "twice the rate", "decay_third": "a third of the decay"}
 
 
 def checked(study):
     """By how much other settings change the last loss on the whole text, on one seed."""
-    names = [name for name in WHOLE_TEXT if f"{name}_rate2" in study.groups]
-    return Table("checked", "", ["one seed, change of the last val loss", *CHECKED.values()], [
+    return Table("checked", "", ["one seed, change of the last val loss", *OTHERS.values()], [
         [LABELS[name.removeprefix("whole_")],
-         *(Cell(study.differences(f"{name}_{kind}", name, last_loss), "+.3f") for kind in CHECKED)] for name in names])
+         *(Cell(study.differences(f"{name}_{kind}", name, last_loss), "+.3f") for kind in OTHERS)] for name in CHECKED])
 
 
 def headline(study):
@@ -617,6 +615,7 @@ NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
 NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
 NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
+NEEDED_FOR_WHOLE = {*WHOLE_TEXT, *(f"{name}_{kind}" for name in CHECKED for kind in OTHERS)}
 
 
 def filled(page, tables):
@@ -865,8 +864,7 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
-             (set(study.groups) >= {*NARROW, *NEEDED_FOR_CUTS, *WHOLE_TEXT, "whole_tenth_wide_rate2"},
-              {"whole": whole, "checked": checked}, {}),
+             (set(study.groups) >= {*BUDGETED, *NARROW, *NEEDED_FOR_WHOLE}, {"whole": whole, "checked": checked}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},

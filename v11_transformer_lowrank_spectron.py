@@ -200,17 +200,19 @@ def with_decays(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = frozenset()) -> list:
-    """[AdamW], or [AdamW for the rest, the optimizer of --optimizer for the weights of the linear layers]; parameters
-    of the set `without` get none."""
+    """[AdamW], or [AdamW for the rest, the optimizer of --optimizer for the weights of the linear layers], which is a
+    second AdamW if they have an --eta of their own; parameters of the set `without` get none."""
     args = with_decays(args)
     layers = model.linears().values()
     pairs = [factor for layer in layers if layer.rank is not None for factor in (layer.U, layer.V)]
     matrices = pairs or [layer.weight for layer in layers]
-    controlled = set() if args.optimizer == "adamw" else set(matrices)
+    controlled = set(matrices) if args.eta else set()
     optimizers = [v10.make_adamw([p for p in model.parameters() if p not in controlled | without], args)]
     settings = {"lr": args.eta, "momentum": args.momentum, "nesterov": args.nesterov, "weight_decay": args.factor_decay,
                 "dtype": torch.bfloat16 if model.low_precision else None}
-    if controlled and pairs:
+    if controlled and args.optimizer == "adamw":
+        optimizers.append(v10.make_adamw(matrices, argparse.Namespace(**vars(args) | {"lr": args.eta})))
+    elif controlled and pairs:
         kind = {"muon": FactorMuon, "spectron": Spectron}[args.optimizer]
         optimizers.append(kind(matrices, decay_on=args.decay_on, **settings))
     elif controlled:
@@ -462,7 +464,8 @@ def add_optimizer_flags(parser, choices, default):
     flag = parser.add_argument_group("steps of the linear layers").add_argument
     flag("--optimizer", choices=choices, default=default,
          help="of the linear layers' weights; all others are AdamW's, with --lr and --weight-decay")
-    flag("--eta", type=v10.POSITIVE, help="rate of spectron, by default 0.07, or of muon, 0.02; it has --lr's schedule")
+    flag("--eta", type=v10.POSITIVE, help="rate of the linear layers' weights, with --lr's schedule; by default 0.07 "
+         "with spectron, 0.02 with muon, --lr with adamw")
     flag("--momentum", type=v10.FRACTION, default=0.95, help="of spectron and muon")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=True,
          help="orthogonalise the mean of momentum and gradient instead of the momentum")
@@ -486,10 +489,10 @@ def add_cut_flags(parser):
 
 
 def complete_eta(args):
-    """The default of --eta. Raises UserError for flags of spectron and muon beside --optimizer adamw."""
-    if args.optimizer == "adamw" and (args.eta or args.factor_decay):
-        raise v10.UserError("--eta and --factor-decay are those of spectron and muon; with --optimizer adamw all "
-                            "weights have --lr and --weight-decay")
+    """The default of --eta. Raises UserError for a decay of spectron and muon beside --optimizer adamw."""
+    if args.optimizer == "adamw" and args.factor_decay:
+        raise v10.UserError("--factor-decay is that of spectron and muon; with --optimizer adamw all weights have "
+                            "--weight-decay")
     args.eta = args.eta or {"spectron": 0.07, "muon": 0.02}.get(args.optimizer)
 
 

@@ -131,9 +131,9 @@ OF_V7 = [(["--data-file", "nowhere"], "cannot read nowhere: No such file"), (["-
 OF_V7 += [([flag, "4"], f"unrecognized arguments: {flag}") for flag in (
     "--init-rank", "--min-rank", "--max-rank", "--safety-factor", "--rank-interval", "--optimizer-on-resize",
     "--ranks-from")]
-OF_V7 += [(["--optimizer", "spectron"], "invalid choice"), (["--eta", "0.1"], "--eta and --factor-decay are those of")]
+OF_V7 += [(["--optimizer", "spectron"], "invalid choice"), (["--factor-decay", "1"], "is that of spectron")]
 OF_V11 = [
-    (["--optimizer", "sgd"], "invalid choice"), (["--optimizer", "adamw", "--eta", "0.1"], "--eta and"),
+    (["--optimizer", "sgd"], "invalid choice"), (["--optimizer", "adamw", "--factor-decay", "1"], "is that of"),
     (["--eta", "0"], "above 0"), (["--eta", "nan"], "is not a number"), (["--momentum", "1"], "below 1"),
     (["--factor-decay", "-1"], "at least 0"), (["--decay-on", "both"], "invalid choice"),
     (["--telemetry", "--compile"], "exclude each other"), (["--warmup-steps", "20"], "leaves nothing of the run"),

@@ -192,10 +192,10 @@ def test_decay_falls_on_the_factors_or_is_the_gradient_of_half_the_squared_norm_
         assert relative(factor, expected) < 1e-12
 
 
-@pytest.mark.parametrize("optimizer", ["spectron", "muon", "adamw"])
+@pytest.mark.parametrize(("optimizer", "eta"), [("spectron", 0.07), ("muon", 0.07), ("adamw", None), ("adamw", 0.07)])
 @pytest.mark.parametrize("flags", [{}, {"tie_embeddings": True}, {"share_layers": True}])
-def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
-    args = Namespace(optimizer=optimizer, eta=0.07, lr=0.01, weight_decay=0.0, momentum=0.95, nesterov=True,
+def test_the_optimizers_cover_every_parameter_once(optimizer, eta, flags):
+    args = Namespace(optimizer=optimizer, eta=eta, lr=0.01, weight_decay=0.0, momentum=0.95, nesterov=True,
                      factor_decay=0.0, decay_on="product", epochs=2, steps_per_epoch=5)
     for variant in (v7.Dense(), v11.LowRankSpectron(), selfguided.SelfGuided()):
         if optimizer == "spectron" and isinstance(variant, v7.Dense):
@@ -205,6 +205,24 @@ def test_the_optimizers_cover_every_parameter_once(optimizer, flags):
         covered = [parameter for group in groups for parameter in group["params"]]
         assert len(covered) == len(set(covered))
         assert set(covered) == set(model.parameters())
+
+
+def test_an_eta_beside_adamw_is_the_rate_of_the_linear_layers_alone():
+    moved = {}
+    for eta in (None, 0.01, 0.03):
+        torch.manual_seed(0)
+        model = v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16), lambda n, m: v10.DenseLinear(n, m)).double()
+        flags = ["--lr", "0.01", "--weight-decay", "0", *(["--eta", str(eta)] if eta else [])]
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizers = v7.Dense().make_optimizers(model, v10.parse_flags(v7.Dense(), flags))
+        give(model.parameters(), [torch.randn_like(p) for p in model.parameters()])
+        for optimizer in optimizers:
+            optimizer.step()
+        moved[eta] = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    linear = {layer.weight for layer in model.linears().values()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(moved[0.01][name], moved[None][name])
+        assert relative(moved[0.03][name], (3 if parameter in linear else 1) * moved[None][name]) < 1e-9
 
 
 @pytest.mark.parametrize(("steps", "share"), [(640, 0.001), (6400, 0.0001), (5, 0.01)])

@@ -400,6 +400,10 @@ def narrow(study):
 WHOLE_TEXT = [f"whole_{name}" for name in (
     "dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow136_muon_tied", "narrow192_spectron", "tenth_wide",
     "narrow80_muon_tied")]
+ON_WHOLE = [f"whole_{name}" for name in (  # those that were tuned on it
+    "dense_adamw_tied", "narrow136_muon_tied", "tenth_wide", "narrow80_muon_tied")]
+TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4": "x 4", "decay_tenth": "decay / 10",
+                  "decay_thirtieth": "decay / 30", **{f"rest{times}": f"--lr x {times}" for times in (2, 4, 8, 16)}}
 
 
 def whole(study):
@@ -413,15 +417,28 @@ def whole(study):
         f"{DASH} {LABELS[other]} (95% interval)", "the same on 100,000 words"], rows)
 
 
-CHECKED = ("whole_dense_adamw_tied", "whole_tenth_wide", "whole_narrow80_muon_tied")
-OTHERS = {"rate2": "twice the rate", "decay_third": "a third of the decay"}
+def tuned_on_whole(study):
+    """Those that were tuned on the whole text."""
+    others = ("whole_dense_adamw_tied", "whole_narrow136_muon_tied")
+    rows = [[LABELS[name.removeprefix("whole_")], *sizes(study, f"tuned_{name}"),
+             *(plus_minus(study.values(of, last_loss), ".3f") for of in (name, f"tuned_{name}")),
+             *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in ON_WHOLE]
+    return Table("tuned_on_whole", "", [
+        f"n = {len(study.groups[f'tuned_{ON_WHOLE[0]}'].runs)}", "M parameters in the linear layers", "in all",
+        "last val loss as above", "tuned on this text",
+        *(f"{DASH} {LABELS[name.removeprefix('whole_')]} (95% interval)" for name in others)], rows)
 
 
-def checked(study):
-    """By how much other settings change the last loss on the whole text, on one seed."""
-    return Table("checked", "", ["one seed, change of the last val loss", *OTHERS.values()], [
-        [LABELS[name.removeprefix("whole_")],
-         *(Cell(study.differences(f"{name}_{kind}", name, last_loss), "+.3f") for kind in OTHERS)] for name in CHECKED])
+def tries_on_whole(study):
+    """What they were tuned on: seed 0."""
+    rows = []
+    for name in ON_WHOLE:
+        losses = {kind: study.mean(f"try_{name}_{kind}", last_loss) for kind in TRIES_ON_WHOLE
+                  if f"try_{name}_{kind}" in study.groups}
+        rows.append([LABELS[name.removeprefix("whole_")],
+                     *(f"{losses[kind]:.3f}{' (best)' * (losses[kind] == min(losses.values()))}" if kind in losses
+                       else DASH for kind in TRIES_ON_WHOLE)])
+    return Table("tries_on_whole", "", ["seed 0, last val loss", *TRIES_ON_WHOLE.values()], rows)
 
 
 def headline(study):
@@ -615,7 +632,6 @@ NEEDED_FOR_TRIES = {f"try_{arm}_{kind}" for arm in ARMS for kind in TRIES}
 NEEDED_FOR_STEPS = {*map(tied, STEPS), *ARMS, "first_dense_adamw_tied", "first_rank64_adamw", "first_rank16_adamw"}
 
 NEEDED_FOR_CUTS = {*BUDGETED, *(name for _, *pair in BROUGHT for name in pair)}
-NEEDED_FOR_WHOLE = {*WHOLE_TEXT, *(f"{name}_{kind}" for name in CHECKED for kind in OTHERS)}
 
 
 def filled(page, tables):
@@ -864,7 +880,11 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
-             (set(study.groups) >= {*BUDGETED, *NARROW, *NEEDED_FOR_WHOLE}, {"whole": whole, "checked": checked}, {}),
+             (set(study.groups) >= {*BUDGETED, *NARROW, *WHOLE_TEXT}, {"whole": whole}, {}),
+             (set(study.groups) >= {f"try_{name}_{kind}" for name in ON_WHOLE for kind in ("rest4", "rest8")},
+              {"tries_on_whole": tries_on_whole}, {}),
+             (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in ON_WHOLE)},
+              {"tuned_on_whole": tuned_on_whole}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},

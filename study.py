@@ -111,14 +111,24 @@ NARROW = {f"narrow{width}_{optimizer}{tied and '_tied'}":
           for optimizer in ("adamw", "muon")}
 NARROW["narrow192_spectron"] = (f"v11 {STEPS} --dtype float32 --d-model 192 --d-ff 768 --factor-decay 0 "
                                 "--rank-budget 0.35 --init-rank 96")
-TUNED = ARMS | CHANGING | NARROW
+# Arms on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so there
+# is no dropout.
+WHOLE = ("--dtype float32 --dropout 0 --epochs {twice_the_epochs} --data-file {data_file} --min-count 50 "
+         "--val-fraction 0.005")
+ON_WHOLE = {f"whole_{arm}": f"{command} {WHOLE}" for arm, command in (
+    ("dense_adamw_tied", ARMS["dense_adamw_tied"]), ("tenth_wide", f"{TENTH} --init-rank {{wide}}"),
+    ("narrow136_muon_tied", NARROW["narrow136_muon_tied"]), ("narrow80_muon_tied", NARROW["narrow80_muon_tied"]))}
+TUNED = ARMS | CHANGING | NARROW | ON_WHOLE
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
-         "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07)}
+         "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07),
+         "wide": ("--eta", 0.07)}  # by the second word of an arm's name
 
 
 def rounds(arm):
     """[{name of a run: its flags} for each round of an arm's tries]: rates; decays; dropout. AdamW's decays are 0.3 to
     3. With Muon or Spectron that of the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
+    if arm in ON_WHOLE:
+        return rounds_on_whole(arm)
     flag, middle = RATES[arm.split("_")[1]]
     decays = {"decay": "1", "decay3": "3", "decay_third": "0.3"} if flag == "--lr" else {
         name: f"{rest} --factor-decay {share / middle:.2g}"
@@ -130,9 +140,28 @@ def rounds(arm):
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
-TUNING = {name: f"{command} {flags}" for i in range(3) for arm, command in TUNED.items()  # round by round: none waits
-          for name, flags in rounds(arm)[i].items()}
-AT_BEST = {arm: f"{command} {{{arm}.3}}" for arm, command in TUNED.items()}
+def rounds_on_whole(arm):
+    """The same on the whole text, whose decays are lower and whose words are more: rates with a third of the short
+    text's decay; a tenth and a thirtieth of it; then the rate of what is not in the linear layers, --lr, alone."""
+    flag, middle = RATES[arm.split("_")[2]]
+    is_adamw = flag == "--lr"
+    rates = {"rate1": "--lr 0.001", "rate2": "--lr 0.002", "rate4": "--lr 0.004"} if is_adamw else {
+        "rate1": f"--eta {middle:g}", "rate2": f"--eta {2 * middle:g} --lr 0.002",
+        "rest2": f"--eta {middle:g} --lr 0.002"}
+    third, tenth, thirtieth = (
+        f"--weight-decay {1 / part:.2g}" + ("" if is_adamw else f" --factor-decay {1e-3 / middle / part:.2g}")
+        for part in (3, 10, 30))
+    tries = [{name: f"{flags} {third}" for name, flags in rates.items()},
+             {"decay_tenth": f"{{{arm}.1}} {tenth}", "decay_thirtieth": f"{{{arm}.1}} {thirtieth}"},
+             {"rate3": f"{{{arm}.2}} --lr 0.003"} if is_adamw else {"rest4": f"{{{arm}.2}} --lr 0.004"},
+             {f"rest{times}": f"{{{arm}.3}} {'--eta 0.001' * is_adamw} --lr {times * 1e-3:g}"
+              for times in ((4, 8) if is_adamw else (8, 16))}]
+    return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
+
+
+TUNING = {name: f"{command} {flags}" for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
+          for of_round in rounds(arm)[i:i + 1] for name, flags in of_round.items()}
+AT_BEST = {arm: f"{command} {{{arm}.{len(rounds(arm))}}}" for arm, command in TUNED.items()}
 CONTROLLED = {arm: f"{AT_BEST[arm]} --telemetry" for arm in ARMS}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
                for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}
@@ -152,17 +181,11 @@ BUDGETED = {
     "tenth_afresh": f"{TENTH} {{v11_tenth.3}} --cuts 0 --ranks-from {{v11_tenth.log}}",
     "quarter_narrow": AT_BEST["v11_quarter"] + " --init-rank 64"}
 NARROWED = {arm: AT_BEST[arm] for arm in NARROW}
-# Some of them on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so
-# there is no dropout. All other settings are those of the short text.
-WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 --dropout 0 --epochs {{twice_the_epochs}} "
-                              "--data-file {data_file} --min-count 50 --val-fraction 0.005"
+# On the whole text, with the settings of the short one; and with those that were tuned on it.
+WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
               for arm in ("dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow192_spectron",
                           "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
-CHECKED = {  # do other settings do better there? on one seed, for the arms that the pages compare
-    f"whole_{arm}_{kind}": f"{WHOLE_TEXT[f'whole_{arm}']} {flags}" for arm, rate, decay in (
-        ("dense_adamw_tied", "--lr 0.002", ""), ("tenth_wide", "--eta 0.14", "--factor-decay 0.0048"),
-        ("narrow80_muon_tied", "--eta 0.04", "--factor-decay 0.017"))
-    for kind, flags in (("rate2", rate), ("decay_third", f"--weight-decay 0.3 {decay}".strip()))}
+WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
@@ -175,7 +198,7 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | CHECKED | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
@@ -220,11 +243,9 @@ class Study:
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
-                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED),
-                *(Run(name, UNSEEN[0]) for name in CHECKED)]
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED)]
         if args.size != "small":  # whose widths and text these are
-            own = WHOLE_TEXT | CHECKED
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and run.name not in own]
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and WHOLE not in COMMANDS[run.name]]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it

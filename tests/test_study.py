@@ -138,7 +138,7 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
     words = records(REFERENCE / "dense_s0.jsonl", "run")[0]["vocab_size"]
     monkeypatch.setattr(ours, "corpus", lambda: argparse.Namespace(vocabulary=["w"] * words))
     for run in [*ours.runs, *ours.later]:
-        new = study.TUNING | study.CONTROLLED | study.BUDGETED | study.COMPRESSED
+        new = study.TUNING | study.CONTROLLED | study.BUDGETED | study.WHOLE_TEXT | study.COMPRESSED
         if run.name in new and not ours.log(run.stem).exists():
             continue  # still to be run
         _, _, *flags = ours.command(run)
@@ -176,7 +176,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 5 * (24 + 14 + 7) + 3 * (7 + 6) + 6
+    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 4 * 8 + 5 * (24 + 14 + 7) + 3 * (7 + 4 + 6)
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -201,7 +201,8 @@ def test_a_log_of_another_width_is_refused_and_a_narrow_arm_has_its_own(tiny, tm
 
 def test_a_study_of_the_reports_size_has_no_arms_of_the_small_ones_alone_and_still_measures_its_steps(tmp_path):
     names = {run.name for run in asked(tmp_path, size="report").runs}
-    assert not names & (study.NARROW | study.WHOLE_TEXT | study.CHECKED).keys()
+    assert not names & (study.NARROW | study.WHOLE_TEXT | study.ON_WHOLE).keys()
+    assert not any("whole" in name for name in names)
     assert names >= {*study.ARMS, *study.BUDGETED}, "or measure() waits for ever"
 
 
@@ -326,7 +327,7 @@ def test_no_honest_loss_of_the_reference_study_is_too_good():
     where pairs were not counted, none is below 4 nats; an AWD-LSTM reaches 4.2, with eight times the vocabulary."""
     found = reference()
     for name, group in found.groups.items():
-        if name.startswith("whole_"):
+        if "whole_" in name:
             assert min(map(results.best_loss, group.runs)) > 4, name
         elif name not in ("untrained", "synthetic") and not group.first.sees_targets:
             assert min(map(results.best_loss, group.runs)) > found.ngrams["val"]["bigram"] - 0.5, name
@@ -452,6 +453,22 @@ def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):
     assert ours.fill(study.CONTROLLED["rank64_spectron"], seed=4).endswith("--factor-decay 0.043 --telemetry")
     assert ours.needs(study.Run("rank64_spectron", 4)) == [
         f"try_rank64_spectron_{name}_s0" for name in [*losses, "dropout"]]
+
+
+def test_tries_on_the_whole_text_change_one_of_two_rates_last(tmp_path):
+    ours = asked(tmp_path, data_file="t", test_file="")
+    losses = {"rate1": 5.0, "rate2": 4.0, "rest2": 6.0, "decay_tenth": 3.9, "decay_thirtieth": 4.1, "rest4": 3.95}
+    for name, loss in losses.items():
+        v10.write_record(ours.log(f"try_whole_tenth_wide_{name}_s0"), "end", final_val_loss=loss)
+    flags = ours.fill(study.TUNING["try_whole_tenth_wide_rest8"], seed=0)
+    assert flags.partition("--val-fraction 0.005 ")[2].split() == (
+        "--eta 0.14 --lr 0.002 --weight-decay 0.33 --factor-decay 0.0048 --weight-decay 0.1 --factor-decay 0.0014 "
+        "--lr 0.008").split()
+    for name in ("rest8", "rest16"):
+        v10.write_record(ours.log(f"try_whole_tenth_wide_{name}_s0"), "end", final_val_loss=3.98)
+    assert ours.fill(study.COMMANDS["tuned_whole_tenth_wide"], seed=2).endswith("--factor-decay 0.0014")
+    assert ours.needs(study.Run("tuned_whole_tenth_wide", 2)) == [
+        f"try_whole_tenth_wide_{name}_s0" for name in [*losses, "rest8", "rest16"]]
 
 
 def test_the_equal_flop_epochs_are_those_of_a_count_by_hand(tmp_path, monkeypatch):

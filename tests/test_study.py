@@ -455,18 +455,18 @@ def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):
         f"try_rank64_spectron_{name}_s0" for name in [*losses, "dropout"]]
 
 
-def test_tries_on_the_whole_text_change_one_of_two_rates_last(tmp_path):
+def test_tries_on_the_whole_text_go_on_from_the_best_too_and_change_one_of_two_rates_last(tmp_path):
     ours = asked(tmp_path, data_file="t", test_file="")
-    losses = {"rate1": 5.0, "rate2": 4.0, "rest2": 6.0, "decay_tenth": 3.9, "decay_thirtieth": 4.1, "rest4": 3.95}
+    losses = {"rate1": 5.0, "rate2": 4.0, "rest2": 6.0, "decay_tenth": 3.9, "decay_thirtieth": 4.1, "rest4": 3.85}
     for name, loss in losses.items():
         v10.write_record(ours.log(f"try_whole_tenth_wide_{name}_s0"), "end", final_val_loss=loss)
     flags = ours.fill(study.TUNING["try_whole_tenth_wide_rest8"], seed=0)
     assert flags.partition("--val-fraction 0.005 ")[2].split() == (
         "--eta 0.14 --lr 0.002 --weight-decay 0.33 --factor-decay 0.0048 --weight-decay 0.1 --factor-decay 0.0014 "
-        "--lr 0.008").split()
+        "--lr 0.004 --lr 0.008").split()
     for name in ("rest8", "rest16"):
         v10.write_record(ours.log(f"try_whole_tenth_wide_{name}_s0"), "end", final_val_loss=3.98)
-    assert ours.fill(study.COMMANDS["tuned_whole_tenth_wide"], seed=2).endswith("--factor-decay 0.0014")
+    assert ours.fill(study.COMMANDS["tuned_whole_tenth_wide"], seed=2).endswith("--factor-decay 0.0014 --lr 0.004")
     assert ours.needs(study.Run("tuned_whole_tenth_wide", 2)) == [
         f"try_whole_tenth_wide_{name}_s0" for name in [*losses, "rest8", "rest16"]]
 

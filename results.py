@@ -43,6 +43,7 @@ NARROW = {"narrow136_muon_tied": "dense, 136 wide, Muon, tied", "narrow136_adamw
           "narrow80_muon_tied": "dense, 80 wide, Muon, tied", "narrow80_adamw": "dense, 80 wide, AdamW",
           "narrow80_adamw_tied": "dense, 80 wide, AdamW, tied"}  # the others are 256 wide
 LABELS = BUDGETED | NARROW
+LABELS |= {f"whole_{name}": label for name, label in LABELS.items()}  # on the whole text
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
@@ -343,8 +344,14 @@ def tries(study):
         losses = [study.mean(f"try_{arm}_{kind}", last_loss) for kind in TRIES]
         tie = "tied" if arm.endswith("_tied") or arm.startswith("rank") else "untied"
         label = f"{STEPS[arm.removesuffix('_tied')]}, {tie}" if arm in ARMS else LABELS[arm]
-        rows.append([label, *(f"{loss:.3f}{' (best)' * (loss == min(losses))}" for loss in losses)])
+        rows.append([label, *best_marked(losses)])
     return Table("tries", "", ["seed 0, last val loss", *TRIES.values()], rows)
+
+
+def best_marked(losses):
+    """A row of tries; None: not tried."""
+    best = min(loss for loss in losses if loss is not None)
+    return [DASH if loss is None else f"{loss:.3f}{' (best)' * (loss == best)}" for loss in losses]
 
 
 def sizes(study, name):
@@ -402,6 +409,7 @@ WHOLE_TEXT = [f"whole_{name}" for name in (
     "narrow80_muon_tied")]
 ON_WHOLE = [f"whole_{name}" for name in (  # those that were tuned on it
     "dense_adamw_tied", "narrow136_muon_tied", "tenth_wide", "narrow80_muon_tied")]
+REPEATED = ON_WHOLE[:3]  # and run on other seeds
 TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4": "x 4", "decay_tenth": "decay / 10",
                   "decay_thirtieth": "decay / 30", **{f"rest{times}": f"--lr x {times}" for times in (2, 4, 8, 16)}}
 
@@ -409,7 +417,7 @@ TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4":
 def whole(study):
     """Some of them on the whole text, and how far they are from a narrower dense model there and on the short one."""
     other = "narrow136_muon_tied"
-    rows = [[LABELS[name.removeprefix("whole_")], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
+    rows = [[LABELS[name], *sizes(study, name), plus_minus(study.values(name, last_loss), ".3f"),
              beside(study, name, f"whole_{other}"), beside(study, name.removeprefix("whole_"), other)]
             for name in WHOLE_TEXT]
     return Table("whole", "", [
@@ -420,24 +428,20 @@ def whole(study):
 def tuned_on_whole(study):
     """Those that were tuned on the whole text."""
     others = ("whole_dense_adamw_tied", "whole_narrow136_muon_tied")
-    rows = [[LABELS[name.removeprefix("whole_")], *sizes(study, f"tuned_{name}"),
+    rows = [[LABELS[name], *sizes(study, f"tuned_{name}"),
              *(plus_minus(study.values(of, last_loss), ".3f") for of in (name, f"tuned_{name}")),
-             *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in ON_WHOLE[:3]]
+             *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in REPEATED]
     return Table("tuned_on_whole", "", [
         f"n = {len(study.groups[f'tuned_{ON_WHOLE[0]}'].runs)}", "M parameters in the linear layers", "in all",
         "last val loss, settings of the short text", "tuned on this text",
-        *(f"{DASH} {LABELS[name.removeprefix('whole_')]} (95% interval)" for name in others)], rows)
+        *(f"{DASH} {LABELS[name]} (95% interval)" for name in others)], rows)
 
 
 def tries_on_whole(study):
     """What they were tuned on: seed 0."""
-    rows = []
-    for name in ON_WHOLE:
-        losses = {kind: study.mean(f"try_{name}_{kind}", last_loss) for kind in TRIES_ON_WHOLE
-                  if f"try_{name}_{kind}" in study.groups}
-        rows.append([LABELS[name.removeprefix("whole_")],
-                     *(f"{losses[kind]:.3f}{' (best)' * (losses[kind] == min(losses.values()))}" if kind in losses
-                       else DASH for kind in TRIES_ON_WHOLE)])
+    rows = [[LABELS[name], *best_marked([
+        study.mean(f"try_{name}_{kind}", last_loss) if f"try_{name}_{kind}" in study.groups else None
+        for kind in TRIES_ON_WHOLE])] for name in ON_WHOLE]
     return Table("tries_on_whole", "", ["seed 0, last val loss", *TRIES_ON_WHOLE.values()], rows)
 
 
@@ -883,7 +887,7 @@ def available(study):
              (set(study.groups) >= {*BUDGETED, *NARROW, *WHOLE_TEXT}, {"whole": whole}, {}),
              (set(study.groups) >= {f"try_{name}_{kind}" for name in ON_WHOLE for kind in ("rest4", "rest8")},
               {"tries_on_whole": tries_on_whole}, {}),
-             (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in ON_WHOLE[:3])},
+             (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in REPEATED)},
               {"tuned_on_whole": tuned_on_whole}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),

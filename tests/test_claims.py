@@ -236,7 +236,7 @@ def of_lr(arm):
     return tried(arm, "rate1") - tried(arm, "rest16")
 
 
-ON_WHOLE = ("dense_adamw_tied", "narrow136_muon_tied", "tenth_wide", "narrow80_muon_tied")
+ON_WHOLE = [name.removeprefix("whole_") for name in results.ON_WHOLE]
 LAST_GAINS = {arm: tried(arm, before) - tried(arm, last) for arm, before, last in (
     ("dense_adamw_tied", "rest4", "rest8"), *((arm, "rest8", "rest16") for arm in ON_WHOLE[1:]))}
 SENTENCES_OF_WHOLE = [  # of the section on the whole text

@@ -202,7 +202,7 @@ def with_decays(args: argparse.Namespace) -> argparse.Namespace:
 def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = frozenset()) -> list:
     """[AdamW], or [AdamW for the rest, the optimizer of --optimizer for the weights of the linear layers], which is a
     second AdamW if they have an --eta of their own; parameters of the set `without` get none."""
-    args = with_decays(args)
+    of_linears, args = argparse.Namespace(**vars(args) | {"lr": args.eta}), with_decays(args)
     layers = model.linears().values()
     pairs = [factor for layer in layers if layer.rank is not None for factor in (layer.U, layer.V)]
     matrices = pairs or [layer.weight for layer in layers]
@@ -211,7 +211,7 @@ def make_optimizers(model: v10.GPT, args: argparse.Namespace, without: set = fro
     settings = {"lr": args.eta, "momentum": args.momentum, "nesterov": args.nesterov, "weight_decay": args.factor_decay,
                 "dtype": torch.bfloat16 if model.low_precision else None}
     if controlled and args.optimizer == "adamw":
-        optimizers.append(v10.make_adamw(matrices, argparse.Namespace(**vars(args) | {"lr": args.eta})))
+        optimizers.append(v10.make_adamw(matrices, with_decays(of_linears)))
     elif controlled and pairs:
         kind = {"muon": FactorMuon, "spectron": Spectron}[args.optimizer]
         optimizers.append(kind(matrices, decay_on=args.decay_on, **settings))

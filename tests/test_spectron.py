@@ -225,9 +225,11 @@ def test_an_eta_beside_adamw_is_the_rate_of_the_linear_layers_alone():
         assert relative(moved[0.03][name], (3 if parameter in linear else 1) * moved[None][name]) < 1e-9
 
 
+@pytest.mark.parametrize("flags", ["", "--optimizer adamw", "--optimizer adamw --eta 0.003"])
 @pytest.mark.parametrize(("steps", "share"), [(640, 0.001), (6400, 0.0001), (5, 0.01)])
-def test_decays_that_are_left_open_take_less_of_a_weight_per_step_in_longer_runs(steps, share):
-    args = v10.parse_flags(v11.LowRankSpectron(), ["--epochs", str(steps // 5), "--steps-per-epoch", "5"])
+def test_decays_that_are_left_open_take_less_of_a_weight_per_step_in_longer_runs(steps, share, flags):
+    flags = [*flags.split(), "--epochs", str(steps // 5), "--steps-per-epoch", "5"]
+    args = v10.parse_flags(v11.LowRankSpectron(), flags)
     model = v10.GPT(v10.GPTConfig(31, 24, 2, 3, 40, 16), lambda n, m: v11.LowRankSpectron().linear(n, m, 6))
     for optimizer in v11.make_optimizers(model, args):
         for group in optimizer.param_groups:

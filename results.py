@@ -409,7 +409,6 @@ WHOLE_TEXT = [f"whole_{name}" for name in (
     "narrow80_muon_tied")]
 ON_WHOLE = [f"whole_{name}" for name in (  # those that were tuned on it
     "dense_adamw_tied", "narrow136_muon_tied", "tenth_wide", "narrow80_muon_tied")]
-REPEATED = ON_WHOLE[:3]  # and run on other seeds
 TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4": "x 4", "decay_tenth": "decay / 10",
                   "decay_thirtieth": "decay / 30", **{f"rest{times}": f"--lr x {times}" for times in (2, 4, 8, 16)}}
 
@@ -430,7 +429,7 @@ def tuned_on_whole(study):
     others = ("whole_dense_adamw_tied", "whole_narrow136_muon_tied")
     rows = [[LABELS[name], *sizes(study, f"tuned_{name}"),
              *(plus_minus(study.values(of, last_loss), ".3f") for of in (name, f"tuned_{name}")),
-             *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in REPEATED]
+             *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in ON_WHOLE]
     return Table("tuned_on_whole", "", [
         f"n = {len(study.groups[f'tuned_{ON_WHOLE[0]}'].runs)}", "M parameters in the linear layers", "in all",
         "last val loss, settings of the short text", "tuned on this text",
@@ -887,7 +886,7 @@ def available(study):
              (set(study.groups) >= {*BUDGETED, *NARROW, *WHOLE_TEXT}, {"whole": whole}, {}),
              (set(study.groups) >= {f"try_{name}_{kind}" for name in ON_WHOLE for kind in ("rest4", "rest8")},
               {"tries_on_whole": tries_on_whole}, {}),
-             (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in REPEATED)},
+             (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in ON_WHOLE)},
               {"tuned_on_whole": tuned_on_whole}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
              (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),

@@ -185,7 +185,7 @@ NARROWED = {arm: AT_BEST[arm] for arm in NARROW}
 WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
               for arm in ("dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow192_spectron",
                           "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
-WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in list(ON_WHOLE)[:3]}
+WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),

@@ -2,6 +2,7 @@
 
 `settings` are those of a log's run record: sizes, and the shape of each linear layer.
 """
+from itertools import groupby, pairwise
 
 
 def settings_of(d_model, n_layers, vocab_size, block_size, batch_size, d_ff=None, optimizer="adamw"):
@@ -38,19 +39,19 @@ def layers(settings, ranks):
 
 
 def ranks_of_steps(run):
-    """[(how many steps, the ranks that they were trained with)]"""
+    """[(how many steps, the ranks that they were trained with)], one for each change of the ranks"""
     per_epoch = run.settings["steps_per_epoch"]
     changes = {0: run.settings["initial_ranks"]} | {epoch["epoch"] * per_epoch: epoch["ranks"] for epoch in run.epochs}
     changes |= {update["step"]: update["ranks"] for update in [*run.updates, *run.cuts]}
-    ends = sorted(changes)
-    return [(end - begin, changes[begin]) for begin, end in zip(ends, ends[1:], strict=False)]
+    stages = [(end - begin, changes[begin]) for begin, end in pairwise(sorted(changes))]
+    return [(sum(steps for steps, _ in same), ranks) for ranks, same in groupby(stages, lambda stage: stage[1])]
 
 
 CUT_TOKENS = 12_288  # which v11 measures a cut on, forward and backward, and the head once more, to draw labels
 
 
 def multiplications(run):
-    """Of a whole run, evaluation not counted."""
+    """Of a whole run: its steps and v11's cuts; not evaluation, v10's control of ranks or the guides of self-guided."""
     total = sum(steps * step_multiplications(run.settings, ranks) for steps, ranks in ranks_of_steps(run))
     for cut in run.cuts:
         forward = token_multiplications(run.settings, cut["ranks_before"])

@@ -781,9 +781,9 @@ def history(run):
 
 def minutes(run):
     """From the start of a run to the end of each epoch; None where one is missing or does not say."""
-    seconds = [epoch.get("time_sec") for epoch in run.epochs]
-    known = None not in seconds and len(seconds) == run.epochs[-1]["epoch"]
-    return [total / 60 for total in accumulate(seconds)] if known else [None] * len(seconds)
+    if run.total("time_sec") is None:
+        return [None] * len(run.epochs)
+    return [total / 60 for total in accumulate(epoch["time_sec"] for epoch in run.epochs)]
 
 
 def logged(name):

@@ -43,7 +43,7 @@ NARROW = {"narrow136_muon_tied": "dense, 136 wide, Muon, tied", "narrow136_adamw
           "narrow80_muon_tied": "dense, 80 wide, Muon, tied", "narrow80_adamw": "dense, 80 wide, AdamW",
           "narrow80_adamw_tied": "dense, 80 wide, AdamW, tied"}  # the others are 256 wide
 LABELS = BUDGETED | NARROW
-LABELS |= {f"whole_{name}": label for name, label in LABELS.items()}  # on the whole text
+LABELS |= {f"{where}_{name}": label for where in ("whole", "official") for name, label in LABELS.items()}
 BROUGHT = [  # (what it brings, the run with it, the run without it)
     ("Spectron instead of AdamW on the factors, rank 16", "rank16_spectron", "rank16_adamw"),
     ("a tied head, rank 16", "rank16_spectron", "rank16_spectron_untied"),
@@ -79,14 +79,14 @@ class Study:
                     plot_logs.warn(f"{path}: has not ended; left out")
             else:
                 records += [record for _, record in plot_logs.records(path)]
-        self.groups = {name: Group(name, members) for name, members in runs.items() if members}
+        self.groups = {name: Group(name, members) for name, members in runs.items()}
         self.ngrams, self.speed, self.costs = ({k: v for r in records if r["kind"] == kind for k, v in r.items()}
                                                for kind in ("ngrams", "speed", "step_costs"))
         compressed = defaultdict(dict)
         for path in sorted(folder.glob("compress/*.jsonl")):
             name, _, seed = path.stem.rpartition("_s")
             log = plot_logs.read_compression(path, name)
-            if log and len(log.records) >= WHOLE.get(name, 4):
+            if log and len(log.records) >= RECORDS.get(name, 4):
                 compressed[name][seed] = log.records
             else:
                 plot_logs.warn(f"{path}: compress.py has not done all of its work; left out")
@@ -94,10 +94,12 @@ class Study:
         self.compressed = {name: [of_seed[seed] for seed in seeds] for name, of_seed in compressed.items() if seeds}
         self.scaling = law.read(law.scaling_folder(folder))
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
-        self.probes = defaultdict(list)
+        self.probes, self.by_count = defaultdict(list), defaultdict(dict)
         for record in records:
             if record["kind"] == "probe":
                 self.probes[record["run"]].append(record)
+            if record["kind"] == "losses_by_count":
+                self.by_count[record["run"]][record["seed"]] = record
 
     def values(self, name, value):
         return self.groups[name].values(value)
@@ -195,7 +197,7 @@ def comparison(study, prefix=""):
     """Every configuration of one regime, and the dense model in the time of the adaptive one."""
     dense, adaptive, rows = f"{prefix}dense", f"{prefix}adaptive", []
     for name in (prefix + name for name in NAMES):
-        speed = study.speed.get("over_dense", {}).get(name, 1.0 if name == dense else None)
+        speed = study.speed["over_dense"].get(name, 1.0 if name == dense else None)
         rows.append([NAMES[name.removeprefix(prefix)], study.cell(name, mean_rank, ".1f"),
                      study.cell(name, linear_parameters, ".2f"), Cell(speed and 1 / speed, ".2f"),
                      study.cell(name, best_loss), study.cell(name, best_epoch, ".0f"),
@@ -318,9 +320,8 @@ def steps(study):
 
     def above(name, other):
         return plus_minus(study.differences(name, other, last_loss)) if name != other else DASH
-    rows = []
+    rows, cost = [], study.costs["over_dense"]
     for name, label in STEPS.items():
-        cost = study.costs.get("over_dense", {})
         rows.append([label, study.cell(tied(name), linear_parameters, ".2f"),
                      study.cell(tied(name), parameters, ".2f"), loss(untied(name)), loss(tied(name)),
                      above(tied(name), "dense_adamw_tied"), above(tied(name), "dense_muon_tied"),
@@ -359,11 +360,11 @@ def sizes(study, name):
     return study.cell(name, linear_parameters, ".2f"), study.cell(name, parameters, ".2f")
 
 
-def beside(study, name, other):
-    """The last loss of `name` above that of `other`, seed by seed, with its 95% interval."""
+def beside(study, name, other, loss=last_loss):
+    """The loss of `name` above that of `other`, seed by seed, with its 95% interval."""
     if name == other:
         return DASH
-    return with_interval(study.differences(name, other, last_loss))
+    return with_interval(study.differences(name, other, loss))
 
 
 def with_interval(values):
@@ -389,7 +390,7 @@ def budgeted(study):
     return Table("budget", "", [
         f"n = {len(study.groups['v11_tenth'].runs)}", "M parameters in the linear layers", "in all", "last val loss",
         "perplexity", *(f"{DASH} {BUDGETED[name]} (95% interval)" for name in dense.values()),
-        "multiplications in all (dense, AdamW: 1)", "time in all"], rows)
+        "multiplications in all (dense, AdamW: 1)", "time of steps and cuts"], rows)
 
 
 def narrow(study):
@@ -409,8 +410,9 @@ WHOLE_TEXT = [f"whole_{name}" for name in (
     "narrow80_muon_tied")]
 ON_WHOLE = [f"whole_{name}" for name in (  # those that were tuned on it
     "dense_adamw_tied", "narrow136_muon_tied", "tenth_wide", "narrow80_muon_tied")]
-TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4": "x 4", "decay_tenth": "decay / 10",
-                  "decay_thirtieth": "decay / 30", **{f"rest{times}": f"--lr x {times}" for times in (2, 4, 8, 16)}}
+TRIES_ON_WHOLE = {"rate1": "rates x 1", "rate2": "x 2", "rate3": "x 3", "rate4": "x 4", "rest2": "--lr x 2",
+                  "decay_tenth": "decay / 10", "decay_thirtieth": "decay / 30",
+                  **{f"rest{times}": f"--lr x {times}" for times in (4, 8, 16)}}
 
 
 def whole(study):
@@ -426,7 +428,7 @@ def whole(study):
 
 def tuned_on_whole(study):
     """Those that were tuned on the whole text."""
-    others = ("whole_dense_adamw_tied", "whole_narrow136_muon_tied")
+    others = ON_WHOLE[:2]
     rows = [[LABELS[name], *sizes(study, f"tuned_{name}"),
              *(plus_minus(study.values(of, last_loss), ".3f") for of in (name, f"tuned_{name}")),
              *(beside(study, f"tuned_{name}", f"tuned_{other}") for other in others)] for name in ON_WHOLE]
@@ -444,13 +446,61 @@ def tries_on_whole(study):
     return Table("tries_on_whole", "", ["seed 0, last val loss", *TRIES_ON_WHOLE.values()], rows)
 
 
+HEADLINE = ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied", "dense_adamw",
+            "narrow80_muon_tied", "v10_report", "v10_transport")
+OFFICIAL = [f"official_{name}" for name in HEADLINE]  # measured on the official validation file, too
+
+
 def headline(study):
     """README's: v11 and what it competes with, in short."""
-    names = ("dense_muon", "narrow136_muon_tied", "narrow192_spectron", "v11_quarter", "tenth_wide",
-             "narrow80_muon_tied", "dense_adamw", "v10_transport", "v10_report")
-    return Table("headline", "", ["", "M parameters in linear layers", "in all", "last val loss"], [
-        [LABELS[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
-         plus_minus(study.values(name, last_loss), ".3f")] for name in names if name in study.groups])
+    rows = [[LABELS[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
+             plus_minus(study.values(f"official_{name}", official_loss), ".3f") if has_official(study) else DASH,
+             Cell(study.mean(name, last_loss), ".3f")] for name in HEADLINE if name in study.groups]
+    return Table("headline", "", ["", "M parameters in linear layers", "in all", "last loss, official file",
+                                  "held-out text"], rows)
+
+
+def has_official(study):
+    return set(study.groups) >= set(OFFICIAL) and all(official_loss(study.groups[name].first) for name in OFFICIAL)
+
+
+def official_loss(run):
+    """On the official validation file, after the last epoch."""
+    return run.end.get("test_loss_last")
+
+
+def official_arms(study):
+    """The headline's on the official validation file."""
+    others = ("official_dense_adamw", "official_narrow136_muon_tied")
+    rows = [[LABELS[name], *(plus_minus(study.values(name, loss), ".3f") for loss in (last_loss, official_loss)),
+             Cell(fmean(study.values(name, lambda run: perplexity(official_loss(run)))), ",.1f"),
+             *(beside(study, name, other, official_loss) for other in others)] for name in OFFICIAL]
+    return Table("official_arms", "", [
+        f"n = {len(study.groups[OFFICIAL[0]].runs)}", "held-out text", "official file", "perplexity there",
+        *(f"{DASH} {LABELS[name]}, there (95% interval)" for name in others)], rows)
+
+
+KINDS = {4: "<unk>", 3: "100 times or more", 2: "10 to 99", 1: "1 to 9", 0: "never"}  # in the training text
+
+
+def seeds_by_count(study):
+    """Those of which all arms' losses by count are known."""
+    return sorted(set.intersection(*(set(study.by_count[name]) for name in OFFICIAL)))
+
+
+def by_count(study):
+    """The losses of the headline's arms by how often the training text has a word."""
+    seeds = seeds_by_count(study)
+    columns = [("test", kind) for kind in KINDS] + [("val", 0)]
+
+    def cells(name, of):
+        return [fmean(study.by_count[name][seed][text][kind][of] for seed in seeds) for text, kind in columns]
+    shares = cells(OFFICIAL[0], 0)
+    return Table("by_count", "", [
+        f"n = {len(seeds)}; the training text has the word", *(
+            f"{KINDS[kind]} ({share:.1%})" for (_, kind), share in zip(columns[:-1], shares, strict=False)),
+        f"held-out text: never ({shares[-1]:.1%})"], [
+            [LABELS[name], *(Cell(loss, ".3f") for loss in cells(name, 1))] for name in OFFICIAL])
 
 
 def brought(study):
@@ -464,7 +514,7 @@ def brought(study):
 
 COMPRESSED = {"compressed_dense": "dense, AdamW", "compressed_muon": "dense, Muon",
               "compressed_v11": "v11, 64 to a tenth"}
-WHOLE = {"compressed_dense": 17, "compressed_muon": 17}  # records of a whole log of compress.py; of the others 4
+RECORDS = {"compressed_dense": 17, "compressed_muon": 17}  # records of a whole log of compress.py; of the others 4
 CUT_NARROW = {f"compressed_narrow{width}": NARROW[f"narrow{width}_{how}"]
               for width, how in ((136, "muon_tied"), (80, "muon_tied"), (192, "spectron"))}
 WAYS = {  # {a narrower dense model: ways to as few parameters}
@@ -487,8 +537,8 @@ def after_cut(study, name, keep):
     in the Fisher metric under one budget, 1 for the model as it was trained]"""
     found = []
     for record, in commands(study, name, command="compare", only="all"):
-        cut = {row["keep"]: row["cuts"]["fisher, global"] for row in record["rows"]}.get(
-            keep, {"increase": 0, "parameters": record["before"]["all"]})
+        cut = ({1: {"increase": 0, "parameters": record["before"]["all"]}}
+               | {row["keep"]: row["cuts"]["fisher, global"] for row in record["rows"]})[keep]
         found.append((record["loss_before"] + cut["increase"], cut["parameters"]))
     return found
 
@@ -733,7 +783,8 @@ def ranks_figure(study):
     axes.plot([0, *report], [64, *(row[4] for row in report.values())], "k--", marker="s", markersize=4)
     ends.append((report[30][4], f"the report, {LEAK}", "black"))
     for name, label, color in (("untrained", "the report's size, nothing learnt", "gray"),
-                               ("long", "study, causal, 48 epochs", plot_logs.COLORS["adaptive"]),
+                               ("long", f"study, causal, {epochs(study.groups['long'].first)} epochs",
+                                plot_logs.COLORS["adaptive"]),
                                ("bidirectional", f"study, {LEAK}", plot_logs.COLORS[LEAK])):
         runs = study.groups[name].runs
         ranks = plot_logs.np.array([[run.initial_rank, *(epoch["rank_avg"] for epoch in run.epochs)] for run in runs])
@@ -760,11 +811,11 @@ def telemetry_figure(study):
 LEFT, RIGHT = ((-8, 0), "right"), ((8, 0), "left")  # places of labels: offset in points, alignment
 
 
-def draw_arms(axes, study, labels, size=linear_parameters, places=None):
-    """The last validation loss of each arm, {name: label}, against its size. `places`: {name: that of a label that
-    would meet another}."""
+def draw_arms(axes, study, labels, size=linear_parameters, places=None, loss=last_loss):
+    """The last loss of each arm, {name: label}, against its size. `places`: {name: that of a label that would meet
+    another}."""
     for name, label in labels.items():
-        losses, at = study.values(name, last_loss), study.mean(name, size)
+        losses, at = study.values(name, loss), study.mean(name, size)
         color = plot_logs.COLORS[study.groups[name].first.family]
         axes.errorbar(at, fmean(losses), 2 * standard_error(losses), fmt="o", color=color, capsize=3)
         place, side = (places or {}).get(name, LEFT if at > 2 else RIGHT)
@@ -774,9 +825,9 @@ def draw_arms(axes, study, labels, size=linear_parameters, places=None):
     plot_logs.plain_ticks(axes.xaxis, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
 
 
-def explain_arms(figure):
+def explain_arms(figure, loss="last validation loss"):
     """What the axis of losses and the bars are."""
-    figure.axes[0].set_ylabel("last validation loss (nats per token)")
+    figure.axes[0].set_ylabel(f"{loss} (nats per token)")
     figure.axes[-1].annotate(
         "mean of the seeds, and two standard errors", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
         textcoords="offset points", ha="right", va="top", fontsize=8, color="#444444")
@@ -808,9 +859,22 @@ def budget_figure(study):
         "v11_quarter": ((8, 3), "left"), "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"),
         "narrow136_adamw_tied": ((8, 4), "left")})
     finding = ("At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
-               "By all parameters, a narrower dense model with Muon is as good as the best v11")
+               "By all parameters, on this text, a narrower dense model with Muon is as good as the best v11")
     explain_arms(figure)
     figure.suptitle(finding if study.is_reference else "Validation loss against parameters")
+    return figure
+
+
+def official_figure(study):
+    """The same on the official validation file."""
+    labels = {name: LABELS[name] for name in OFFICIAL}
+    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    draw_arms(linear, study, labels, linear_parameters, {}, official_loss)
+    draw_arms(of_all, study, labels, parameters, {}, official_loss)
+    explain_arms(figure, "loss on the official validation file")
+    finding = ("Trained on 90,000 words, v11's tenth is level with the dense model with Muon on the official\n"
+               "validation file, and ahead of a narrower one of its size")
+    figure.suptitle(finding if study.is_reference else "Loss on the official validation file against parameters")
     return figure
 
 
@@ -883,6 +947,8 @@ def available(study):
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),
              (set(study.groups) >= {*NEEDED_FOR_CUTS, *NARROW}, {"narrow": narrow}, {}),
+             (has_official(study), {"official_arms": official_arms}, {"official": official_figure}),
+             (has_official(study) and seeds_by_count(study), {"by_count": by_count}, {}),
              (set(study.groups) >= {*BUDGETED, *NARROW, *WHOLE_TEXT}, {"whole": whole}, {}),
              (set(study.groups) >= {f"try_{name}_{kind}" for name in ON_WHOLE for kind in ("rest4", "rest8")},
               {"tries_on_whole": tries_on_whole}, {}),

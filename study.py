@@ -14,7 +14,6 @@ The small size trains on the first 100,000 words of WikiText-2, in which words t
 """
 import argparse
 import itertools
-import json
 import os
 import re
 import shlex
@@ -87,9 +86,9 @@ LATER = {  # after the speed has been measured
     "long": "v10 {size} --epochs {three_times_the_epochs}",
 }
 
-# v11's comparison. Each arm is tuned on seed 0 in three rounds of tries, each at the best of the rounds before by the
-# last loss, and then run on UNSEEN seeds. {NAME.1} are the flags of the best of round 1 of the arm NAME, {NAME.2} those
-# of the best of rounds 1 and 2; {equal_flop.NAME} the epochs in which its products cost as much as the dense model's.
+# v11's comparison. Each arm is tuned on seed 0 in rounds of tries, each at the best of the rounds before by the last
+# loss, and then run on UNSEEN seeds. {NAME.1} are the flags of the best of round 1 of the arm NAME, {NAME.2} those of
+# the best of rounds 1 and 2; {equal_flop.RANK} the epochs in which its products cost as much as the dense model's.
 STEPS = f"{{size}} --dtype bfloat16 {SCHEDULE} --weight-decay 0.01"
 ARMS = {
     "dense_adamw": f"v7 {STEPS}", "dense_adamw_tied": f"v7 {STEPS} --tie-embeddings",
@@ -121,7 +120,7 @@ ON_WHOLE = {f"whole_{arm}": f"{command} {WHOLE}" for arm, command in (
 TUNED = ARMS | CHANGING | NARROW | ON_WHOLE
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07),
-         "wide": ("--eta", 0.07)}  # by the second word of an arm's name
+         "wide": ("--eta", 0.07)}  # by the second word of an arm's name, the third of one on the whole text
 
 
 def rounds(arm):
@@ -142,7 +141,8 @@ def rounds(arm):
 
 def rounds_on_whole(arm):
     """The same on the whole text, whose decays are lower and whose words are more: rates with a third of the short
-    text's decay; a tenth and a thirtieth of it; then the rate of what is not in the linear layers, --lr, alone."""
+    text's decay; a tenth and a thirtieth of it; then --lr, which leaves the linear layers alone: with AdamW they get
+    the short text's --eta 0.001, whatever was best before."""
     flag, middle = RATES[arm.split("_")[2]]
     is_adamw = flag == "--lr"
     rates = {"rate1": "--lr 0.001", "rate2": "--lr 0.002", "rate4": "--lr 0.004"} if is_adamw else {
@@ -165,8 +165,8 @@ AT_BEST = {arm: f"{command} {{{arm}.{len(rounds(arm))}}}" for arm, command in TU
 CONTROLLED = {arm: f"{AT_BEST[arm]} --telemetry" for arm in ARMS}
 CONTROLLED |= {f"{arm}_untied": f"{CONTROLLED[arm]} --no-tie-embeddings"
                for arm in ("rank64_adamw", "rank16_adamw", "rank64_spectron", "rank16_spectron")}
-CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{arm}}}"
-               for arm in ("rank64_spectron", "rank16_spectron")}
+CONTROLLED |= {f"{arm}_equal_flop": f"{CONTROLLED[arm]} --epochs {{equal_flop.{rank}}}"
+               for rank, arm in ((64, "rank64_spectron"), (16, "rank16_spectron"))}
 CONTROLLED |= {f"first_{arm}": f"{ARMS[arm]} --epochs 1 --steps-per-epoch 1 --warmup-steps 0 --dropout 0.1 --telemetry"
                for arm in ("dense_adamw_tied", "rank64_adamw", "rank16_adamw")}  # the very first step
 CONTROLLED |= {f"undecayed_{arm}": f"{ARMS[arm]} --dropout 0.1 --telemetry"
@@ -186,6 +186,10 @@ WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
               for arm in ("dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow192_spectron",
                           "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
 WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
+# Arms again, measured on the official validation file too, which has 20 times the words of the text that they hold out.
+OFFICIAL = {f"official_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 {{test}}"
+            for arm in ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied",
+                        "dense_adamw", "narrow80_muon_tied", "v10_report", "v10_transport")}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
@@ -198,10 +202,11 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | COMPRESSED
+COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | OFFICIAL | COMPRESSED
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
-TIMED = {name for name, command in RUNS.items() if command.startswith("v10") and UNMASKED not in command} - {"exact"}
+TIMED = [name for name, command in RUNS.items()
+         if command.startswith("v10") and UNMASKED not in command and name != "exact"]
 
 
 def variant_of(command):
@@ -243,7 +248,8 @@ class Study:
         self.defaults = v10.build_parser(v10.Variant()).parse_args(self.size.split())
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
-                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)] for name in WHOLE_TEXT | COMPRESSED)]
+                *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)]
+                  for name in WHOLE_TEXT | OFFICIAL | COMPRESSED)]
         if args.size != "small":  # whose widths and text these are
             runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and WHOLE not in COMMANDS[run.name]]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
@@ -281,12 +287,14 @@ class Study:
             if name == "search":
                 needed += [f"{name}_s0" for name in SEARCH]
             if name == "speed":
-                needed += [f"{name}_s0" for name in RUNS if name in TIMED | {"dense"}]
+                needed += [f"{name}_s0" for name in ("dense", *TIMED)]
         return needed
 
     def unprobed(self, run):
-        return run.name in PROBED and all(record["run"] != run.name or record["seed"] != run.seed
-                                          for record in self.records("probes", "probe"))
+        """The function that has still to look at a run's model, if there is one."""
+        look = probe if run.name in PROBED else losses_by_count if run.name in OFFICIAL else None
+        return look if look and all(record["run"] != run.name or record["seed"] != run.seed
+                                    for record in self.records("probes", look.__name__)) else None
 
     def uncompressed(self, run):
         """What compress.py has still to do with a run's model."""
@@ -303,7 +311,7 @@ class Study:
                 "--log-file", str(self.log(run.stem))]
 
     def parse(self, command):
-        """The flags of a command that names no other run."""
+        """The flags of a command, as seed 0 fills it in."""
         return v10.parse_flags(variant_of(command), shlex.split(self.fill(command, seed=0))[1:])
 
     def fill(self, command, seed):
@@ -319,8 +327,8 @@ class Study:
                 return self.fill(self.lowest(SEARCH, "best_val_loss").removeprefix("v7 {size}"), seed)
             case "speed", "epochs":
                 return round(self.records("speed", "speed")[0]["over_dense"]["tuned_adaptive"] * self.defaults.epochs)
-            case "equal_flop", arm:
-                return self.equal_flop_epochs(int(re.search(r"\d+", arm)[0]))
+            case "equal_flop", rank:
+                return self.equal_flop_epochs(int(rank))
             case _, "log":
                 return shlex.quote(str(self.log(f"{name}_s{seed}")))
             case _, "mean_rank":
@@ -405,8 +413,9 @@ class Study:
             if code:
                 return
         data = command[command.index("--data-file") + 1]
-        if self.unprobed(run):
-            probe(log, v10.find_data(data), self.log("probes"), run)
+        if look := self.unprobed(run):
+            test = [v10.find_data(self.args.test_file)] if look is losses_by_count and self.args.test_file else []
+            look(log, v10.find_data(data), self.log("probes"), run, *test)
         if self.uncompressed(run) and self.compress(run, data):
             return
         for kind in (".pt", ".prev.pt", ".best.pt", ".cut.pt", ".tuned.pt", ".txt"):
@@ -494,8 +503,8 @@ def probe(log, data, out, run, every=8):
     that was put there, and how often the word of the text? How often is it the latter with nothing replaced?
     """
     content = v10.load(log.with_suffix(".best.pt"))
-    args = next(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args.get("min_count", 1)).val
+    args = v10.read_records(log)[0]
+    tokens = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args["min_count"]).val
     record = {"kind": "probe", "run": run.name, "seed": run.seed, "attention": args["attention"]}
     generator, T = torch.Generator().manual_seed(0), args["block_size"]
     blocks = (len(tokens) - 1) // T
@@ -524,9 +533,35 @@ def probe(log, data, out, run, every=8):
     v10.write_record(out, **record)
 
 
+COUNTS = (1, 10, 100)  # a word is in the training text never, less than 10 times, less than 100 times, or more often
+
+
+def losses_by_count(log, data, out, run, test=None):
+    """What the last model of a run loses on words by how often the training text has them, see COUNTS, and on <unk>,
+    in the held-out text and the test file -> a record in `out`: [share of the words, mean loss] for each."""
+    model, args = v10.build_model(v10.load(log.with_suffix(".pt"))), v10.read_records(log)[0]
+    corpus = v10.load_corpus(data, args["val_fraction"], args["block_size"], min_count=args["min_count"])
+    record = {"kind": "losses_by_count", "run": run.name, "seed": run.seed}
+    texts = {"val": corpus.val}
+    if test:
+        texts["test"] = v10.read_tokens(test, "words", corpus.vocabulary)
+    count = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
+    kinds = torch.bucketize(count, torch.tensor(COUNTS), right=True)
+    kinds[[word == "<unk>" for word in corpus.vocabulary]] = len(COUNTS) + 1
+    for name, tokens in texts.items():
+        with v10.evaluation_mode(model):
+            losses = torch.cat([torch.nn.functional.cross_entropy(model(x).mT, y, reduction="none").flatten()
+                                for x, y in v10.held_out_batches(tokens, args["block_size"], batch_size=64)])
+        kind = kinds[tokens[1:]]
+        record[name] = [[(kind == i).float().mean().item(), losses[kind == i].mean().item() if i in kind else None]
+                        for i in range(len(COUNTS) + 2)]
+    v10.write_record(out, **record)
+
+
 def ngram_losses(train, val):
     """The loss of counting, on val (N,) in nats per token: unigrams with one added to each count, and bigrams mixed
-    with them after Witten and Bell (1991): a new word after w has the weight of the distinct words seen after w."""
+    with them after Witten and Bell (1991): a new word after w has the weight of the distinct words seen after w. And
+    `unseen`: the share of words that the training text does not have, whose losses are the highest."""
     words = int(max(train.max(), val.max())) + 1
     train, val = train.tolist(), val.tolist()
     count, pairs = Counter(train), Counter(zip(train, train[1:], strict=False))
@@ -535,7 +570,8 @@ def ngram_losses(train, val):
     bigram = torch.tensor([
         (pairs[first, second] + kinds[first] * p) / (after[first] + kinds[first]) if after[first] else p
         for first, second, p in zip(val, val[1:], unigram.tolist(), strict=False)], dtype=torch.float64)
-    return {"unigram": -unigram.log().mean().item(), "bigram": -bigram.log().mean().item()}
+    return {"unigram": -unigram.log().mean().item(), "bigram": -bigram.log().mean().item(),
+            "unseen": sum(not count[word] for word in val[1:]) / (len(val) - 1)}
 
 
 # ---- The time of a step ----------------------------------------------------------------------------------------------
@@ -572,7 +608,7 @@ def interleaved(steps, rounds):
 def measure_speed(study, rounds=9):
     """The step time of a run, on average over its epochs' ranks, over the dense model's: one step of each in turn."""
     ranks = {}  # those that the epochs of each run were trained with, of all or of eight
-    for name in (name for name in RUNS if name in TIMED):
+    for name in TIMED:
         (first,), epochs = (study.records(f"{name}_s0", kind) for kind in ("run", "epoch"))
         of_run = [first["initial_ranks"], *(epoch["ranks"] for epoch in epochs[:-1])]
         ranks[name] = [tuple(of_run[i * (len(of_run) - 1) // 7]) for i in range(8)]

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from statistics import fmean
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_the_study_text_is_the_beginning_of_the_data_and_its_rare_words_are_unk(
     assert [vocabulary[i] for i in torch.cat([train, val])] == replaced
     counted, = records(tmp_path / "ngrams.jsonl")
     assert counted["val"]["unk"] == 0
-    assert set(counted["val"]) == {"unigram", "bigram", "unk"}
+    assert set(counted["val"]) == {"unigram", "bigram", "unseen", "unk"}
     asked(tmp_path, data_file=str(tmp_path / "text"), test_file=str(tmp_path / "text")).prepare()
     ours.prepare()
     assert [{"val", "test"} & record.keys() for record in records(tmp_path / "ngrams.jsonl")] == [
@@ -176,7 +178,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 4 * 8 + 5 * (24 + 14 + 7) + 3 * (7 + 4 + 6)
+    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 4 * 8 + 5 * (24 + 14 + 7) + 3 * (7 + 4 + 9 + 6)
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -234,6 +236,8 @@ def test_ngram_losses_are_those_of_a_count_by_hand():
     bigram = [(2 + 2 * unigram[0]) / 5, (0 + 1 * unigram[1]) / 3]  # after 0 came 1, 1, 2; after 1 came 0, 0
     for name, p in (("unigram", unigram), ("bigram", bigram)):
         assert found[name] == pytest.approx(-(math.log(p[0]) + math.log(p[1])) / 2)
+    assert found["unseen"] == 0
+    assert study.ngram_losses(torch.tensor([0, 1]), torch.tensor([2, 1, 2, 3]))["unseen"] == pytest.approx(2 / 3)
 
 
 def test_the_pairs_after_a_word_sum_to_one():
@@ -279,6 +283,30 @@ def test_a_probe_tells_a_model_that_copies_what_comes_next_from_one_that_does_no
         assert found["predicts_word_put_there"] < by_chance
         assert found["predicts_word_of_the_text"] == found["accuracy"] < by_chance
         assert found["val_loss_masked"] == found["val_loss"] > 30
+
+
+def test_losses_by_count_are_those_of_each_kind_of_word_by_hand(run, text, tmp_path, monkeypatch):
+    text.write_text(f"once {text.read_text()} late late")  # one is <unk>, one is in the held-out part alone
+    (tmp_path / "other").write_text("w1 unknown w2 late w3 w40 w1")
+    log = run("--epochs", 1, "--min-count", 2)
+    corpus = v10.load_corpus(text, 0.1, 8, min_count=2)
+    loss = -torch.arange(len(corpus.vocabulary), dtype=torch.float64).div(10).log_softmax(0)  # of each word, anywhere
+    model = torch.nn.Module()
+    model.forward = lambda x: -loss.expand(*x.shape, -1)
+    monkeypatch.setattr(v10, "build_model", lambda content: model)
+    study.losses_by_count(log, text, tmp_path / "probes.jsonl", study.Run("r", seed=3), test=tmp_path / "other")
+    found, = records(tmp_path / "probes.jsonl")
+    count = Counter(corpus.train.tolist())
+    unk = corpus.vocabulary.index("<unk>")
+    other = v10.read_tokens(tmp_path / "other", "words", corpus.vocabulary)
+    for name, tokens in (("val", corpus.val), ("test", other)):
+        words = tokens[1:].tolist()
+        kinds = [[word for word in words if word != unk and least <= count[word] <= most]
+                 for least, most in ((0, 0), (1, 9), (10, 99), (100, math.inf))]
+        for i, of_kind in enumerate([*kinds, [word for word in words if word == unk]]):
+            share, mean = found[name][i]
+            assert share == pytest.approx(len(of_kind) / len(words))
+            assert mean == (pytest.approx(fmean(loss[word].item() for word in of_kind)) if of_kind else None)
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
@@ -408,7 +436,7 @@ def test_a_difference_is_between_runs_of_one_seed():
 
 
 def test_compressions_that_are_not_whole_are_named_and_all_rows_are_of_the_seeds_that_have_them_all(tmp_path, capsys):
-    assert results.WHOLE == dict.fromkeys(results.WHOLE, len(study.COMPRESSIONS + study.OF_DENSE))
+    assert results.RECORDS == dict.fromkeys(results.RECORDS, len(study.COMPRESSIONS + study.OF_DENSE))
     assert len(study.COMPRESSIONS) == 4
     stems = ["compressed_dense_s1", "compressed_narrow80_s2"]
     copied(tmp_path / "study", *stems)
@@ -487,7 +515,7 @@ def test_the_multiplications_of_a_run_follow_its_ranks_step_by_step():
     run = plot_logs.Run("r", settings=settings, epochs=[{"epoch": 1, "ranks": [2]}, {"epoch": 2, "ranks": [1]}],
                         cuts=[{"step": 5, "ranks_before": [3], "ranks": [2]},
                               {"step": 14, "ranks_before": [2], "ranks": [1]}])
-    assert counts.ranks_of_steps(run) == [(5, [3]), (5, [2]), (4, [2]), (6, [1])]
+    assert counts.ranks_of_steps(run) == [(5, [3]), (9, [2]), (6, [1])]
     token = {rank: 10 * rank + 4 * (10 + 3) for rank in (1, 2, 3)}
     of_steps = 3 * 6 * (5 * token[3] + 9 * token[2] + 6 * token[1])
     assert counts.multiplications(run) == of_steps + counts.CUT_TOKENS * (3 * (token[3] + token[2]) + 2 * 40)

@@ -859,7 +859,7 @@ def budget_figure(study):
         "v11_quarter": ((8, 3), "left"), "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"),
         "narrow136_adamw_tied": ((8, 4), "left")})
     finding = ("At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
-               "By all parameters, on this text, a narrower dense model with Muon is as good as the best v11")
+               "By all parameters, on the held-out text, a narrower dense model with Muon is as good as the best v11")
     explain_arms(figure)
     figure.suptitle(finding if study.is_reference else "Validation loss against parameters")
     return figure

@@ -358,15 +358,18 @@ def cut_model(content: dict, model: v10.GPT, found: list[Matrix], ranks: list[in
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
-def block_losses(model: v10.GPT, tokens: Tensor) -> list[tuple[float, int]]:
-    """The loss of each block of tokens (N,), as v10.held_out_batches cuts them -> [(mean loss, tokens)]. Raises
-    TrainingError if it is not finite."""
-    T, found = model.config.block_size, []
+def token_losses(model: v10.GPT, tokens: Tensor) -> list[Tensor]:
+    """The loss of every token but the first of tokens (N,), in batches (B, T) as v10.held_out_batches cuts them."""
+    T = model.config.block_size
+    batch_size = max(1, v10.LOGITS_BYTES // (16 * T * model.config.vocab_size))
     with v10.evaluation_mode(model):
-        for inputs, targets in v10.held_out_batches(
-                tokens, T, batch_size=max(1, v10.LOGITS_BYTES // (16 * T * model.config.vocab_size))):
-            losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
-            found += [(loss, targets.shape[1]) for loss in losses.view_as(targets).mean(1).tolist()]
+        return [F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+                for inputs, targets in v10.held_out_batches(tokens, T, batch_size)]
+
+
+def block_losses(model: v10.GPT, tokens: Tensor) -> list[tuple[float, int]]:
+    """The loss of each block of tokens (N,) -> [(mean loss, tokens)]. Raises TrainingError if it is not finite."""
+    found = [(loss, losses.shape[1]) for losses in token_losses(model, tokens) for loss in losses.mean(1).tolist()]
     if not math.isfinite(mean_loss(found)):
         raise v10.TrainingError("the loss is not finite")
     return found

@@ -453,8 +453,9 @@ OFFICIAL = [f"official_{name}" for name in HEADLINE]  # measured on the official
 
 def headline(study):
     """README's: v11 and what it competes with, in short."""
+    has = has_official(study)
     rows = [[LABELS[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
-             plus_minus(study.values(f"official_{name}", official_loss), ".3f") if has_official(study) else DASH,
+             plus_minus(study.values(f"official_{name}", official_loss), ".3f") if has else DASH,
              Cell(study.mean(name, last_loss), ".3f")] for name in HEADLINE if name in study.groups]
     return Table("headline", "", ["", "M parameters in linear layers", "in all", "last loss, official file",
                                   "held-out text"], rows)
@@ -843,39 +844,39 @@ def steps_figure(study):
     return figure
 
 
+def figure_by_size(study, names, of_linear, of_all, finding, loss=last_loss, what="last validation loss"):
+    """The loss of these arms by their linear layers and by all parameters, with the places of labels in each; `finding`
+    is the reference study's title."""
+    figure, axes = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    for one, size, places in zip(axes, (linear_parameters, parameters), (of_linear, of_all), strict=True):
+        draw_arms(one, study, {name: LABELS[name] for name in names}, size, places, loss)
+    explain_arms(figure, what)
+    figure.suptitle(finding if study.is_reference else f"{what.removeprefix('last ').capitalize()} against parameters")
+    return figure
+
+
 def budget_figure(study):
     """v11 and what it competes with, by their linear layers and by all parameters."""
     names = ("dense_adamw", "dense_muon", "v11_quarter", "tenth_wide", "v11_tenth", "v10_transport", "v10_report",
              "narrow136_muon_tied", "narrow136_adamw_tied", "narrow192_spectron", "narrow80_muon_tied",
              "narrow80_adamw_tied")
-    labels = {name: LABELS[name] for name in names if name in study.groups}
-    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    draw_arms(linear, study, labels, linear_parameters, {
+    return figure_by_size(study, [name for name in names if name in study.groups], {
         "v11_tenth": ((8, 9), "left"), "tenth_wide": ((8, -8), "left"), "v11_quarter": ((8, 4), "left"),
         "narrow80_muon_tied": ((8, -2), "left"), "narrow192_spectron": LEFT,
-        "narrow136_muon_tied": ((8, -6), "left")})
-    draw_arms(of_all, study, labels, parameters, {
+        "narrow136_muon_tied": ((8, -6), "left")}, {
         "narrow80_muon_tied": ((-5, -14), "left"), "v11_tenth": ((8, 1), "left"), "tenth_wide": ((8, -3), "left"),
         "v11_quarter": ((8, 3), "left"), "narrow192_spectron": LEFT, "narrow136_muon_tied": ((8, -6), "left"),
-        "narrow136_adamw_tied": ((8, 4), "left")})
-    finding = ("At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
-               "By all parameters, on the held-out text, a narrower dense model with Muon is as good as the best v11")
-    explain_arms(figure)
-    figure.suptitle(finding if study.is_reference else "Validation loss against parameters")
-    return figure
+        "narrow136_adamw_tied": ((8, 4), "left")},
+        "At a tenth of its linear parameters v11 keeps up with the dense model with AdamW.\n"
+        "By all parameters, on the held-out text, a narrower dense model with Muon is as good as the best v11")
 
 
 def official_figure(study):
     """The same on the official validation file."""
-    labels = {name: LABELS[name] for name in OFFICIAL}
-    figure, (linear, of_all) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    draw_arms(linear, study, labels, linear_parameters, {}, official_loss)
-    draw_arms(of_all, study, labels, parameters, {}, official_loss)
-    explain_arms(figure, "loss on the official validation file")
-    finding = ("Trained on 90,000 words, v11's tenth is level with the dense model with Muon on the official\n"
-               "validation file, and ahead of a narrower one of its size")
-    figure.suptitle(finding if study.is_reference else "Loss on the official validation file against parameters")
-    return figure
+    return figure_by_size(
+        study, OFFICIAL, {}, {}, "Trained on 90,000 words, v11's tenth is level with the dense model with Muon on the "
+        "official\nvalidation file, and ahead of a narrower one of its size",
+        official_loss, "loss on the official validation file")
 
 
 def compressed_figure(study):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+import compress  # noqa: E402
 import counts  # noqa: E402
 import plot_logs  # noqa: E402
 import v7_transformer_dense_baseline as v7  # noqa: E402
@@ -124,22 +125,25 @@ RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta"
 
 
 def rounds(arm):
-    """[{name of a run: its flags} for each round of an arm's tries]: rates; decays; dropout. AdamW's decays are 0.3 to
-    3. With Muon or Spectron that of the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
-    if arm in ON_WHOLE:
-        return rounds_on_whole(arm)
+    """[{name of a run: its flags} for each round of an arm's tries]"""
+    tries = tries_on_whole(arm) if arm in ON_WHOLE else tries_on_words(arm)
+    return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
+
+
+def tries_on_words(arm):
+    """Its rounds on the short text: rates; decays; dropout. AdamW's decays are 0.3 to 3. With Muon or Spectron that of
+    the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
     flag, middle = RATES[arm.split("_")[1]]
     decays = {"decay": "1", "decay3": "3", "decay_third": "0.3"} if flag == "--lr" else {
         name: f"{rest} --factor-decay {share / middle:.2g}"
         for name, rest, share in (("decay", 1, 1e-3), ("decay3", 3, 3e-3), ("decay_third", 3, 1e-2))}
-    tries = [{"rate1": f"{flag} {middle:g} --dropout 0.1", "rate0.5": f"{flag} {middle / 2:g} --dropout 0.1",
-              "rate2": f"{flag} {2 * middle:g} --dropout 0.1"},
-             {name: f"{{{arm}.1}} --weight-decay {decay}" for name, decay in decays.items()},
-             {"dropout": f"{{{arm}.2}} --dropout 0.2"}]
-    return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
+    return [{"rate1": f"{flag} {middle:g} --dropout 0.1", "rate0.5": f"{flag} {middle / 2:g} --dropout 0.1",
+             "rate2": f"{flag} {2 * middle:g} --dropout 0.1"},
+            {name: f"{{{arm}.1}} --weight-decay {decay}" for name, decay in decays.items()},
+            {"dropout": f"{{{arm}.2}} --dropout 0.2"}]
 
 
-def rounds_on_whole(arm):
+def tries_on_whole(arm):
     """The same on the whole text, whose decays are lower and whose words are more: rates with a third of the short
     text's decay; a tenth and a thirtieth of it; then --lr, which leaves the linear layers alone: with AdamW they get
     the short text's --eta 0.001, whatever was best before."""
@@ -151,12 +155,11 @@ def rounds_on_whole(arm):
     third, tenth, thirtieth = (
         f"--weight-decay {1 / part:.2g}" + ("" if is_adamw else f" --factor-decay {1e-3 / middle / part:.2g}")
         for part in (3, 10, 30))
-    tries = [{name: f"{flags} {third}" for name, flags in rates.items()},
-             {"decay_tenth": f"{{{arm}.1}} {tenth}", "decay_thirtieth": f"{{{arm}.1}} {thirtieth}"},
-             {"rate3": f"{{{arm}.2}} --lr 0.003"} if is_adamw else {"rest4": f"{{{arm}.2}} --lr 0.004"},
-             {f"rest{times}": f"{{{arm}.3}} {'--eta 0.001' * is_adamw} --lr {times * 1e-3:g}"
-              for times in ((4, 8) if is_adamw else (8, 16))}]
-    return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
+    return [{name: f"{flags} {third}" for name, flags in rates.items()},
+            {"decay_tenth": f"{{{arm}.1}} {tenth}", "decay_thirtieth": f"{{{arm}.1}} {thirtieth}"},
+            {"rate3": f"{{{arm}.2}} --lr 0.003"} if is_adamw else {"rest4": f"{{{arm}.2}} --lr 0.004"},
+            {f"rest{times}": f"{{{arm}.3}} {'--eta 0.001' * is_adamw} --lr {times * 1e-3:g}"
+             for times in ((4, 8) if is_adamw else (8, 16))}]
 
 
 TUNING = {name: f"{command} {flags}" for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
@@ -549,9 +552,7 @@ def losses_by_count(log, data, out, run, test=None):
     kinds = torch.bucketize(count, torch.tensor(COUNTS), right=True)
     kinds[[word == "<unk>" for word in corpus.vocabulary]] = len(COUNTS) + 1
     for name, tokens in texts.items():
-        with v10.evaluation_mode(model):
-            losses = torch.cat([torch.nn.functional.cross_entropy(model(x).mT, y, reduction="none").flatten()
-                                for x, y in v10.held_out_batches(tokens, args["block_size"], batch_size=64)])
+        losses = torch.cat([batch.flatten() for batch in compress.token_losses(model, tokens)])
         kind = kinds[tokens[1:]]
         record[name] = [[(kind == i).float().mean().item(), losses[kind == i].mean().item() if i in kind else None]
                         for i in range(len(COUNTS) + 2)]

@@ -146,9 +146,9 @@ def signed(name, other):
     return results.plus_minus(STUDY.differences(name, other, last_loss))
 
 
-def interval(name, other):
+def interval(name, other, loss=last_loss):
     """The 95% interval of the difference of two arms."""
-    return from_to(STUDY.differences(name, other, last_loss))
+    return from_to(STUDY.differences(name, other, loss))
 
 
 def share_of_linear(name):
@@ -245,7 +245,7 @@ UNK, LEARNT = 4, (3, 2, 1)  # see results.KINDS
 
 
 def official_interval(name, other):
-    return from_to(STUDY.differences(f"official_{other}", f"official_{name}", official_loss))
+    return interval(f"official_{other}", f"official_{name}", official_loss)
 
 
 def by_count(arm, text="test"):

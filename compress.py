@@ -903,7 +903,8 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run):
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False)
+        said = run.__doc__ or name  # python -OO has no docstrings
+        sub = commands.add_parser(name, help=said.splitlines()[0], description=said, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub.add_argument
 

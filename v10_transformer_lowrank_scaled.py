@@ -1470,6 +1470,8 @@ def pick_device(name: str) -> torch.device:
                             "--device cpu")
         torch.cuda.set_device(index if process_count() > 1 else 0)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains of float32
+        # Some of cuDNN's attention kernels round the dropout's probability to sixteenths (pytorch#174245).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)

@@ -1,4 +1,5 @@
 """What the tests share: the scripts on the path, a small text, and a run of a few seconds."""
+import functools
 import hashlib
 import json
 import random
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 import plot_logs  # noqa: E402
+import results  # noqa: E402
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started: under nohup, or with &,
@@ -28,6 +30,12 @@ TIMES = {"time_sec", "train_sec", "eval_sec", "rank_sec", "cut_sec", "total_sec"
 def records(path, kind=None):
     found = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [record for record in found if kind in (None, record["kind"])]
+
+
+@functools.cache
+def reference():
+    """The committed study, read once: it takes three seconds."""
+    return results.Study(results.REFERENCE)
 
 
 def unpainted(figure, path):

@@ -440,7 +440,7 @@ def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
     script = ROOT / (selfguided.SelfGuided.name if main is selfguided.main else v11.LowRankSpectron.name)
     flags = [*flags, "--dropout", "0", "--telemetry"]
     both = two_processes(text, tmp_path / "two.jsonl", *map(str, flags), script=script, ranks=[])
-    assert [process.communicate()[1] and process.returncode for process in both] == ["", ""]
+    assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
     one = run(*flags, main=main, ranks=[])
     assert [cut["ranks"] for cut in records(tmp_path / "two.jsonl", "cut")] == [
         cut["ranks"] for cut in records(one, "cut")]

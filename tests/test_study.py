@@ -2,6 +2,7 @@
 import argparse
 import copy
 import functools
+import json
 import math
 import os
 import re
@@ -23,7 +24,7 @@ import study
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
-from conftest import ROOT, records, unpainted, untimed
+from conftest import ROOT, records, reference, unpainted, untimed
 
 REFERENCE = ROOT / "logs" / "reference" / "study"
 TINY = [sys.executable, ROOT / "study.py", "--short", "--seeds", "1", "--test-file", "", "--only", "retrained",
@@ -43,12 +44,6 @@ def of_tiny(tiny, out, *but):
     """The flags of that study in another folder, but for these."""
     flags = [str(word) for word in TINY[2:] if word not in but]
     return [*flags, "--out", str(out), "--data-file", str(tiny / "words.tokens")]
-
-
-@functools.cache
-def reference():
-    """The committed study, read once: it takes two seconds."""
-    return results.Study(REFERENCE)
 
 
 def asked(out, **flags):
@@ -139,10 +134,12 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
     parsers = {script: v10.build_parser(variant()) for script, variant in study.VARIANTS.items()}
     words = records(REFERENCE / "dense_s0.jsonl", "run")[0]["vocab_size"]
     monkeypatch.setattr(ours, "corpus", lambda: argparse.Namespace(vocabulary=["w"] * words))
+    monkeypatch.setattr(ours, "records", functools.cache(ours.records))
     for run in [*ours.runs, *ours.later]:
         _, _, *flags = ours.command(run)
         script = study.COMMANDS[run.name].split()[0]
-        settings, = records(ours.log(run.stem), "run")
+        with ours.log(run.stem).open() as log:
+            settings = json.loads(log.readline())
         assert settings["script"] == study.VARIANTS[script].name
         for name, value in vars(parsers[script].parse_args(flags)).items():
             if name not in ("dtype", "device", "grad_accum", "checkpoint", "min_count", "init_rank", "vocab_size",
@@ -150,7 +147,7 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
                 value = value.rpartition("/")[2] if isinstance(value, str) else value
                 assert settings.get(name, value) == value, (run.stem, name)
                 compared += 1
-    assert compared > 67 * 20
+    assert compared > 563 * 20
 
 
 def test_the_command_of_the_narrower_model_is_the_one_that_was_measured():
@@ -363,9 +360,9 @@ def test_no_honest_loss_of_the_reference_study_is_too_good():
     assert max(found.values("bidirectional", results.best_loss)) < found.ngrams["val"]["bigram"] - 2
 
 
-def copied(folder, *changed):
-    """A folder with the logs of the reference study: links, and copies of those that will be changed."""
-    for path in REFERENCE.rglob("*.jsonl"):
+def copied(folder, *changed, only="*.jsonl"):
+    """A folder with the logs of the reference study, or some: links, and copies of those that will be changed."""
+    for path in REFERENCE.rglob(only):
         copy = folder / path.relative_to(REFERENCE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copy if path.stem in changed else os.symlink)(path, copy)
@@ -375,7 +372,7 @@ def copied(folder, *changed):
     ("speed", "{", "speed.jsonl:1: not a line of JSON"), ("probes", "[]", "holds other logs"),
     ("dense_s0", "{", "dense_s0.jsonl:1: not a line of JSON"), ("ngrams", '{"kind": "ngrams"}', "is not complete")])
 def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
-    copied(tmp_path / "study", name)
+    copied(tmp_path / "study", name, only="*.jsonl" if name == "ngrams" else f"{name}.jsonl")
     (tmp_path / "study" / f"{name}.jsonl").write_text(line + "\n\n" * (name == "dense_s0"))
     assert results.main(["--study", str(tmp_path / "study"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -387,9 +384,11 @@ def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
 
 
 def test_ones_own_study_is_told_elsewhere_and_readme_stays(tmp_path, capsys, monkeypatch):
-    readme, painted = (ROOT / "README.md").read_bytes(), []
+    readme, painted, own = (ROOT / "README.md").read_bytes(), [], copy.copy(reference())
+    own.is_reference = False
+    monkeypatch.setattr(results, "Study", lambda folder: own)
     monkeypatch.setattr(plot_logs, "save", lambda figure, path: (painted.append(path), unpainted(figure, path)))
-    assert results.main(["--study", str(REFERENCE), "--out", str(tmp_path)]) == 0
+    assert results.main(["--study", str(tmp_path), "--out", str(tmp_path)]) == 0
     tables, figures = results.available(reference())
     assert (tmp_path / "tables.md").read_text().count("\n## ") == len(tables) - 1
     assert painted == [tmp_path / "figures" / name for name in figures]
@@ -414,7 +413,7 @@ def test_a_study_of_one_seed_and_no_second_text_has_its_tables_and_figures_witho
 
 
 def test_a_run_that_has_not_ended_does_not_count_and_is_named(tmp_path, capsys):
-    copied(tmp_path / "study", "dense_s1")
+    copied(tmp_path / "study", "dense_s1", only="dense_s*.jsonl")
     v10.write_record(tmp_path / "study" / "just_begun_s0.jsonl", "run", seed=0)
     log = tmp_path / "study" / "dense_s1.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
@@ -425,11 +424,11 @@ def test_a_run_that_has_not_ended_does_not_count_and_is_named(tmp_path, capsys):
 
 
 def test_a_difference_is_between_runs_of_one_seed():
-    study = results.Study(REFERENCE)
-    study.groups["fixed"].runs = study.groups["fixed"].runs[1:]
-    found = study.differences("fixed", "dense", results.best_loss)
+    some, whole = copy.copy(reference()), reference().groups
+    some.groups = whole | {"fixed": plot_logs.Group("fixed", whole["fixed"].runs[1:])}
+    found = some.differences("fixed", "dense", results.best_loss)
     by_hand = [results.best_loss(a) - results.best_loss(b) for a, b in zip(
-        study.groups["fixed"].runs, study.groups["dense"].runs[1:], strict=True)]
+        some.groups["fixed"].runs, whole["dense"].runs[1:], strict=True)]
     assert found == by_hand
 
 
@@ -437,19 +436,20 @@ def test_compressions_that_are_not_whole_are_named_and_all_rows_are_of_the_seeds
     assert results.RECORDS == dict.fromkeys(results.RECORDS, len(study.COMPRESSIONS + study.OF_DENSE))
     assert len(study.COMPRESSIONS) == 4
     stems = ["compressed_dense_s1", "compressed_narrow80_s2"]
-    copied(tmp_path / "study", *stems)
+    copied(tmp_path / "study", *stems, only="compress/*.jsonl")
     for stem, left in zip(stems, (16, 0), strict=True):
         log = tmp_path / "study" / "compress" / f"{stem}.jsonl"
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:left]))
     some = results.Study(tmp_path / "study")
     said = capsys.readouterr().err
     assert all(f"{stem}.jsonl: compress.py has not done all of its work" in said for stem in stems)
-    whole = results.Study(REFERENCE)
-    assert some.compressed == {name: of_seeds[2:] for name, of_seeds in whole.compressed.items()}
+    assert some.compressed == {name: of_seeds[2:] for name, of_seeds in reference().compressed.items()}
+    some.groups = reference().groups
     assert results.ways(some).header[0] == "n = 1"
 
 
-def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys):
+def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_place_for_its_pages(tmp_path, capsys,
+                                                                                                      monkeypatch):
     for name in ("results.py", "counts.py", "law.py", "plot_logs.py", "README.md", "RESULTS.md"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("study", "scaling"):
@@ -462,6 +462,7 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     for name in results.available(reference())[1]:
         assert (tmp_path / "logs" / "reference" / "study" / "figures" / name).exists()
+    monkeypatch.setattr(results, "Study", lambda folder: reference())
     assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
     assert "the pages here show logs/reference/study: --out names a folder" in capsys.readouterr().err
 

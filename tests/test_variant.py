@@ -11,7 +11,7 @@ import pytest
 import plot_logs
 import v10_transformer_lowrank_scaled as v10
 import variant
-from conftest import RANKS, ROOT, SMALL, records, untimed
+from conftest import RANKS, ROOT, SMALL, records, unpainted, untimed
 from test_parallel import TORCHRUN
 
 FLAGS = [*SMALL, *RANKS, "--rank-interval", "3", "--optimizer-on-resize", "transport", "--factor-lr", "0.1",
@@ -83,7 +83,7 @@ def test_two_processes_train_a_variant_as_one_does(folder, tmp_path):
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
 
 
-def test_a_variants_model_is_loaded_with_its_layer_and_its_log_is_plotted(folder, tmp_path):
+def test_a_variants_model_is_loaded_with_its_layer_and_its_log_is_plotted(folder, tmp_path, monkeypatch):
     log = folder / "logs" / "variant.jsonl"
     model, vocabulary = v10.load_model(log.with_suffix(".pt"), variant.Biased().linear)
     words = (folder / "text.tokens").read_text().split()
@@ -93,6 +93,7 @@ def test_a_variants_model_is_loaded_with_its_layer_and_its_log_is_plotted(folder
     assert end["test_loss_best"] > 0
     with pytest.raises(v10.UserError, match="does not hold a model"):
         v10.load_model(log.with_suffix(".pt"))
+    monkeypatch.setattr(plot_logs, "save", unpainted)
     assert plot_logs.main([str(log), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "variant_heatmap.png").exists()
 

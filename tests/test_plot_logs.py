@@ -569,7 +569,7 @@ def test_both_axes_of_a_comparison_of_cuts_have_ticks(parameters, increase):
 
 
 def test_thirty_logs_have_thirty_colours_and_a_legend_beside_the_curves(tmp_path, recwarn):
-    without = {"ranks": lambda epoch: [], "initial_ranks": []}  # 22 figures are open at once, 2 more than a warning takes
+    without = {"ranks": lambda epoch: [], "initial_ranks": []}  # leaves 22 figures, a warning comes at 21
     logs = [write(tmp_path / f"{'long ' * 18}{i}.jsonl", *logged([3, 2 + i / 30], lr=i, **without if i > 6 else {}))
             for i in range(30)]
     plot_logs.start_matplotlib()

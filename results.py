@@ -873,10 +873,16 @@ def budget_figure(study):
 
 def official_figure(study):
     """The same on the official validation file."""
-    return figure_by_size(
+    figure = figure_by_size(
         study, OFFICIAL, {}, {}, "Trained on 90,000 words, v11's tenth is level with the dense model with Muon on the "
         "official\nvalidation file, and ahead of a narrower one of its size",
         official_loss, "loss on the official validation file")
+    bigram = study.ngrams["test"]["bigram"]
+    for axes in figure.axes:
+        axes.axhline(bigram, color="#777777", linestyle=":", linewidth=1)
+    figure.axes[0].annotate("bigrams", (0.99, bigram), (0, -4), xycoords=("axes fraction", "data"), ha="right",
+                            va="top", textcoords="offset points", color="#777777")
+    return figure
 
 
 def compressed_figure(study):
@@ -895,13 +901,14 @@ def compressed_figure(study):
                 points.append(min(cuts, key=lambda cut: cut["increase"]))
             axes.plot([point["parameters"] / 1e6 for point in points], [before + point["increase"] for point in points],
                       style, marker="o", markersize=3, color=color)
-        axes.plot(seeds[0]["before"]["all"] / 1e6, before, "*", markersize=11, color=color)
+        axes.plot(seeds[0]["before"]["all"] / 1e6, before, "*", markersize=13, color=color, markeredgecolor="white")
         handles.append(plt.Line2D([], [], color=color, marker="*", markersize=9, label=COMPRESSED[name]))
     for name in (name for name in CUT_NARROW if name in study.compressed):
         losses, (size, *_) = zip(*after_cut(study, name, 1), strict=True)
         run = study.groups[name].first
         color, place, side = ("cut", (8, -3), "left") if run.cuts else ("controlled", (-8, -8), "right")
-        axes.plot(size / 1e6, fmean(losses), "*", markersize=11, color=plot_logs.COLORS[color])
+        axes.plot(size / 1e6, fmean(losses), "*", markersize=13, color=plot_logs.COLORS[color],
+                  markeredgecolor="white")
         axes.annotate(f"{run.settings['d_model']} wide", (size / 1e6, fmean(losses)), place, ha=side,
                       textcoords="offset points", color=plot_logs.COLORS[color])
     handles += [plt.Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in (

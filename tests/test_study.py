@@ -150,10 +150,12 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
     assert compared > 563 * 20
 
 
-def test_the_command_of_the_narrower_model_is_the_one_that_was_measured():
-    command = re.search(r"    python3 v7_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())[0]
+@pytest.mark.parametrize(("number", "measured"), [
+    (0, "narrow136_muon_tied"), (1, "tuned_whole_narrow136_muon_tied")])
+def test_the_command_of_the_narrower_model_is_the_one_that_was_measured(number, measured):
+    command = re.findall(r"    python3 v7_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())[number]
     flags = command.replace("\\\n", "").split()[2:]
-    settings, = records(REFERENCE / "narrow136_muon_tied_s1.jsonl", "run")
+    settings, = records(REFERENCE / f"{measured}_s1.jsonl", "run")
     for name, value in vars(v10.build_parser(v7.Dense()).parse_args(flags)).items():
         if name not in ("data_file", "log_file", "checkpoint", "seed", "device", "dtype", "grad_accum", "vocab_size",
                         "val_tokens"):

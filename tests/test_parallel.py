@@ -14,6 +14,7 @@ import torch
 import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 from conftest import RANKS, ROOT, SMALL, records, untimed
+from forks import Forked
 
 V10, V11 = ROOT / "v10_transformer_lowrank_scaled.py", ROOT / "v11_transformer_lowrank_spectron.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # on a free port
@@ -38,13 +39,11 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def two_processes(text, log, *flags, script=V10, ranks=RANKS):
+def two_processes(text, log, *flags, variant=v10.Variant, ranks=RANKS):
     """Two processes as torchrun starts them, without torchrun, which would end one after the other -> both."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test",
-              "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, script, "--data-file", text, "--log-file", log, *SMALL, *ranks, *flags],
-                             env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
+    return [Forked(["--data-file", text, "--log-file", log, *SMALL, *ranks, *flags], variant,
+                   shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, log.parent) for i in range(2)]
 
 
 def agents(script, text, log, *flags, folders=(".", ".")):

@@ -13,7 +13,7 @@ import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_selfguided as selfguided
 import v11_transformer_lowrank_spectron as v11
-from conftest import RANKS, ROOT, records, unpainted, untimed
+from conftest import RANKS, records, unpainted, untimed
 from test_optimizer import feed, history, layer_and_optimizer
 from test_parallel import two_processes
 from test_safety import Killed, at_call, die
@@ -437,9 +437,9 @@ def test_a_run_that_dies_goes_on_bit_for_bit_and_its_model_and_its_log_are_read(
     pytest.param("spectron", marks=pytest.mark.soak), "muon, shared", "cuts", "self-guided"])
 def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
     main, flags = RUNS[how]
-    script = ROOT / (selfguided.SelfGuided.name if main is selfguided.main else v11.LowRankSpectron.name)
+    variant = selfguided.SelfGuided if main is selfguided.main else v11.LowRankSpectron
     flags = [*flags, "--dropout", "0", "--telemetry"]
-    both = two_processes(text, tmp_path / "two.jsonl", *map(str, flags), script=script, ranks=[])
+    both = two_processes(text, tmp_path / "two.jsonl", *flags, variant=variant, ranks=[])
     assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
     one = run(*flags, main=main, ranks=[])
     assert [cut["ranks"] for cut in records(tmp_path / "two.jsonl", "cut")] == [

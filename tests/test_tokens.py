@@ -219,7 +219,7 @@ def test_validation_is_limited_to_the_first_tokens_and_then_has_no_floor(run, te
 
 def test_two_processes_read_a_folder_as_one_does_and_agree_on_what_is_wrong(run, prepared, tmp_path):
     flags = ["--data-file", prepared, "--epochs", 2]
-    both = two_processes(prepared, tmp_path / "two.jsonl", *map(str, flags))
+    both = two_processes(prepared, tmp_path / "two.jsonl", *flags)
     assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
     assert_same_training(run(*flags), tmp_path / "two.jsonl")
     change_index(prepared, vocabulary=["a", "b"])

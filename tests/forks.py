@@ -1,0 +1,53 @@
+"""Processes of their own for tests, forked from one that has imported torch and what its first optimizer loads: that
+takes five seconds of a processor each time."""
+import gc
+import multiprocessing.forkserver
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import v10_transformer_lowrank_scaled as v10
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([
+    "torch._dynamo", "v11_transformer_lowrank_spectron", "v11_transformer_lowrank_selfguided"])
+
+
+def begin(argv, variant, environment, files):
+    """What a process does: the command of a variant, with its own environment, standard output and error."""
+    assert "torch._dynamo" in sys.modules
+    gc.freeze()  # what was there before: else each collection takes its time
+    for number, path in enumerate(files, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)
+    v10.leave(v10.main(argv, variant()))
+
+
+class Forked:
+    """What a test needs of subprocess.Popen."""
+
+    def __init__(self, argv, variant, environment, folder):
+        self.files = [folder / f"{environment['RANK']}.{name}" for name in ("out", "err")]
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", PYTHONPATH=str(ROOT)):
+            multiprocessing.forkserver.ensure_running()
+        self.process = SERVER.Process(target=begin, args=([*map(str, argv)], variant, environment, self.files))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout=120):
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it has not ended"
+        return tuple(path.read_text() for path in self.files)

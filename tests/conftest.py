@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
+import forks  # noqa: E402
 import plot_logs  # noqa: E402
 import results  # noqa: E402
 
@@ -53,6 +54,14 @@ def untimed(path, kind="epoch"):
 def seeded():
     """Each test draws the same numbers each time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    """A test that fails leaves none that would be waited for."""
+    yield
+    while forks.alive:
+        forks.alive.pop().end()
 
 
 @pytest.fixture

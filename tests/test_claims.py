@@ -437,11 +437,11 @@ def ahead(lower, higher):
 
 
 IN_README = [
-    lambda: f"its loss on that file is {there('dense_adamw', 'v10_report')} nats above AdamW's",
+    lambda: f"its loss there is {there('dense_adamw', 'v10_report')} nats above AdamW's",
     lambda: f"its loss is {there('tenth_wide', 'dense_adamw')} nats below that model's with AdamW, level with Muon, "
             f"and {there('tenth_wide', 'narrow136_muon_tied')} below a narrower Muon model",
     lambda: f"gains {fmean(STUDY.differences('v10_report', 'v10_transport', last_loss)):.2f} nats on 10,000 held-out "
-            f"words, but loses {there('v10_report', 'v10_transport')[:5]} there.",
+            f"words, but loses {there('v10_report', 'v10_transport')[:5]} on that file.",
     lambda: f"tuned for them, v11 leads AdamW by {ahead('tenth_wide', 'dense_adamw_tied')} nats and trails the "
             f"narrower model by {ahead('narrow136_muon_tied', 'tenth_wide')} (three seeds, held-out words).",
     lambda: f"allowed +5% perplexity on one half of the held-out text, keeps {fits(DENSE, kept, '.0%')} of them "

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import os
 import signal
+import subprocess
 from argparse import Namespace
 
 import pytest
@@ -13,9 +14,9 @@ import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_selfguided as selfguided
 import v11_transformer_lowrank_spectron as v11
-from conftest import RANKS, records, unpainted, untimed
+from conftest import RANKS, ROOT, SMALL, records, unpainted, untimed
 from test_optimizer import feed, history, layer_and_optimizer
-from test_parallel import two_processes
+from test_parallel import TORCHRUN, two_processes
 from test_safety import Killed, at_call, die
 from test_spectra import factors, relative
 
@@ -439,8 +440,12 @@ def test_two_processes_train_it_as_one_does(run, text, tmp_path, how):
     main, flags = RUNS[how]
     variant = selfguided.SelfGuided if main is selfguided.main else v11.LowRankSpectron
     flags = [*flags, "--dropout", "0", "--telemetry"]
-    both = two_processes(text, tmp_path / "two.jsonl", *flags, variant=variant, ranks=[])
-    assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
+    if how == "cuts":  # as users do
+        command = [*TORCHRUN, ROOT / variant.name, "--data-file", text, "--log-file", tmp_path / "two.jsonl", *SMALL]
+        subprocess.run([*map(str, [*command, *flags])], check=True, capture_output=True)
+    else:
+        both = two_processes(text, tmp_path / "two.jsonl", *flags, variant=variant, ranks=[])
+        assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
     one = run(*flags, main=main, ranks=[])
     assert [cut["ranks"] for cut in records(tmp_path / "two.jsonl", "cut")] == [
         cut["ranks"] for cut in records(one, "cut")]

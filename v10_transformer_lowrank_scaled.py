@@ -14,8 +14,9 @@ Spectral Rank Estimation" (December 2025); "report 2.3" below is its section 2.3
     python3 v10_transformer_lowrank_scaled.py --attention bidirectional    the report's setup, with its leak
     python3 v10_transformer_lowrank_scaled.py --resume                     go on after an interruption
 
-What it is not: a way to a perplexity of 3.17. The report's attention had no causal mask, so its model saw the word
-that it had to predict. Here attention is causal unless asked otherwise, and every run begins with a check.
+What it is not: a way to a perplexity of 3.17. That comes without a causal mask, which the report does not name: the
+model then sees the word that it has to predict. Here attention is causal unless asked otherwise, and every run begins
+with a check.
 
 The script has four parts: the method, after which a reader can stop; training; machinery (processes, devices, the
 screen, files); and the command line.

@@ -74,7 +74,7 @@ v11: $(READY)   ## the successor: low rank with controlled steps, cut to a tenth
 plots: $(READY) ## tables and figures from the logs in logs/ (or LOGS=...)
 	$(PY) plot_logs.py $(or $(LOGS),logs/*.jsonl) $(ARGS)
 
-study: $(READY) ## the 563 runs behind the results, on WikiText-2, two side by side; many hours, resumable
+study: $(READY) ## the 590 runs behind the results, on WikiText-2, two side by side; many hours, resumable
 	@test -f data/wiki.train.tokens || $(PY) data/wikitext2.py
 	$(PY) study.py $(ARGS)
 

@@ -49,7 +49,7 @@ SIZES = {
         --steps-per-epoch 40 --lr 1e-3 --val-fraction 0.1 --min-count 3 --dtype float32""",
     "report": ""}  # v10's defaults
 SHORT = "--d-model 64 --n-heads 4 --d-ff 128 --n-layers 2 --block-size 16 --epochs 3 --steps-per-epoch 20"
-WORDS = 100_000  # of the small size
+WORDS, FURTHER = 100_000, 200_000  # of the small size, and how many of those that come next are held out for tuning
 SCHEDULE = "--lr-schedule cosine --warmup-steps {steps_per_epoch}"
 UNMASKED, TRANSPORT = "--attention bidirectional", "--optimizer-on-resize transport"
 DEMO = """--d-model 128 --n-layers 3 --n-heads 4 --d-ff 512 --block-size 64 --epochs 10 --steps-per-epoch 45 --lr 2e-3
@@ -118,15 +118,23 @@ WHOLE = ("--dtype float32 --dropout 0 --epochs {twice_the_epochs} --data-file {d
 ON_WHOLE = {f"whole_{arm}": f"{command} {WHOLE}" for arm, command in (
     ("dense_adamw_tied", ARMS["dense_adamw_tied"]), ("tenth_wide", f"{TENTH} --init-rank {{wide}}"),
     ("narrow136_muon_tied", NARROW["narrow136_muon_tied"]), ("narrow80_muon_tied", NARROW["narrow80_muon_tied"]))}
-TUNED = ARMS | CHANGING | NARROW | ON_WHOLE
+# Do those that are measured on the official validation file have the right decays? By the loss on the FURTHER words:
+# the 10,000 that all are tuned on hold too many that do not occur in the training part.
+ON_FURTHER = {f"further_{arm}": f"{command} --dtype float32" for arm, command in (
+    ("v11_quarter", CHANGING["v11_quarter"]), ("tenth_wide", f"{TENTH} --init-rank {{wide}}"),
+    ("dense_muon", ARMS["dense_muon"]), ("narrow192_spectron", NARROW["narrow192_spectron"]),
+    ("narrow136_muon_tied", NARROW["narrow136_muon_tied"]), ("dense_adamw", ARMS["dense_adamw"]),
+    ("narrow80_muon_tied", NARROW["narrow80_muon_tied"]), ("v10_report", CHANGING["v10_report"]),
+    ("v10_transport", CHANGING["v10_transport"]))}
+TUNED = ARMS | CHANGING | NARROW | ON_WHOLE | ON_FURTHER
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07),
-         "wide": ("--eta", 0.07)}  # by the second word of an arm's name, the third of one on the whole text
+         "wide": ("--eta", 0.07)}  # by the second word of an arm's name, the third if its text is the first
 
 
 def rounds(arm):
     """[{name of a run: its flags} for each round of an arm's tries]"""
-    tries = tries_on_whole(arm) if arm in ON_WHOLE else tries_on_words(arm)
+    tries = (tries_on_whole if arm in ON_WHOLE else tries_on_further if arm in ON_FURTHER else tries_on_words)(arm)
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
@@ -141,6 +149,15 @@ def tries_on_words(arm):
              "rate2": f"{flag} {2 * middle:g} --dropout 0.1"},
             {name: f"{{{arm}.1}} --weight-decay {decay}" for name, decay in decays.items()},
             {"dropout": f"{{{arm}.2}} --dropout 0.2"}]
+
+
+def tries_on_further(arm):
+    """By the loss on the further words: decays, three times and a third of the first, at the rate and the dropout that
+    were the best for each of these arms before."""
+    flag, middle = RATES[arm.split("_")[2]]
+    return [{name: f"{flag} {middle:g} --dropout 0.1 --weight-decay {times}" + (
+                 f" --factor-decay {times * 1e-3 / middle:.2g}" if flag == "--eta" else "")
+             for name, times in (("decay", 1), ("decay3", 3), ("decay_third", 0.3))}]
 
 
 def tries_on_whole(arm):
@@ -162,7 +179,8 @@ def tries_on_whole(arm):
              for times in ((4, 8) if is_adamw else (8, 16))}]
 
 
-TUNING = {name: f"{command} {flags}" for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
+TUNING = {name: f"{command} {flags}" + " {further}" * (arm in ON_FURTHER)
+          for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
           for of_round in rounds(arm)[i:i + 1] for name, flags in of_round.items()}
 AT_BEST = {arm: f"{command} {{{arm}.{len(rounds(arm))}}}" for arm, command in TUNED.items()}
 CONTROLLED = {arm: f"{AT_BEST[arm]} --telemetry" for arm in ARMS}
@@ -254,7 +272,8 @@ class Study:
                 *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)]
                   for name in WHOLE_TEXT | OFFICIAL | COMPRESSED)]
         if args.size != "small":  # whose widths and text these are
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and WHOLE not in COMMANDS[run.name]]
+            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and WHOLE not in COMMANDS[run.name]
+                    and "{further" not in COMMANDS[run.name]]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
@@ -341,7 +360,8 @@ class Study:
                 "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
                 "twice_the_epochs": 2 * self.defaults.epochs, "three_times_the_epochs": 3 * self.defaults.epochs,
                 "wide": min(128, self.defaults.d_model),
-                "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else ""}[name]
+                "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else "",
+                "further": f"--test-file {shlex.quote(str(self.further()))}"}[name]
 
     def lowest(self, commands, loss):
         """Of {name: command} the one whose run ended with the lowest loss."""
@@ -365,6 +385,10 @@ class Study:
         """The text that a run trains on, if its command names no other."""
         return self.args.data_file if self.args.size == "report" else self.out / "words.tokens"
 
+    def further(self):
+        """A text like that of the small size, to tune on."""
+        return self.out / "further.tokens"
+
     def prepare(self):
         """Make the small size's text, and count on it. Raises UserError if the folder has runs of another size or text,
         or if there is no text."""
@@ -381,11 +405,20 @@ class Study:
         path = self.out / "words.tokens"
         is_new = not path.exists()
         if self.args.size != "report":
-            text = " ".join(v10.read_words(v10.find_data(self.args.data_file))[0][:WORDS])
+            words, _ = v10.read_words(v10.find_data(self.args.data_file))
+            text = " ".join(words[:WORDS])
             if is_new:
                 path.write_text(text, encoding="utf-8")
             elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
+            further = words[WORDS:WORDS + FURTHER]
+            if not self.further().exists() and len(further) == FURTHER:
+                self.further().write_text(" ".join(further), encoding="utf-8")
+            if not self.further().exists():
+                if any("{further" in COMMANDS[name] for name in self.args.only or []):
+                    raise v10.UserError(f"{self.args.data_file} has {len(words):,} words, and runs that are tuned on "
+                                        f"further ones need {WORDS + FURTHER:,}")
+                self.runs = tuple(run for run in self.runs if "{further" not in COMMANDS[run.name])
         try:
             corpus = self.corpus()
             texts = {"val": corpus.val}

@@ -66,12 +66,14 @@ def test_a_study_trains_what_is_asked_for_and_what_that_needs(tiny):
 
 def test_the_study_text_is_the_beginning_of_the_data_and_its_rare_words_are_unk(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORDS", 900)
+    monkeypatch.setattr(study, "FURTHER", 100)
     text = "a b a c b a a b d d a b c c d ".split() * 2
     (tmp_path / "text").write_text(" ".join(["rare", "twice", "thrice", *text * 40, "twice"]))
     ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="")
     ours.prepare()
     words = ours.data().read_text().split()
     assert words == ["rare", "twice", "thrice", *(text * 40)[:897]]
+    assert ours.further().read_text().split() == (text * 40)[897:997], "what comes next, to tune on"
     train, val, vocabulary, *_ = v10.load_corpus(ours.data(), ours.defaults.val_fraction, ours.defaults.block_size,
                                                  min_count=ours.defaults.min_count)
     replaced = ["<unk>", "<unk>", "<unk>", *(text * 40)[:897]]
@@ -147,7 +149,7 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
                 value = value.rpartition("/")[2] if isinstance(value, str) else value
                 assert settings.get(name, value) == value, (run.stem, name)
                 compared += 1
-    assert compared > 563 * 20
+    assert compared > 590 * 20
 
 
 @pytest.mark.parametrize(("number", "measured"), [
@@ -174,7 +176,7 @@ def test_every_run_comes_after_those_that_it_needs(tmp_path):
     for run in [*ours.runs, *ours.later]:
         assert seen >= set(ours.needs(run)), run.stem
         seen.add(run.stem)
-    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 4 * 8 + 5 * (24 + 14 + 7) + 3 * (7 + 4 + 9 + 6)
+    assert len(seen) == 4 + 3 * 21 + 23 * 7 + 4 * 8 + 9 * 3 + 5 * (24 + 14 + 7) + 3 * (7 + 4 + 9 + 6)
     assert f"in {len(seen)} small runs" in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert f"the {len(seen)} runs" in (ROOT / "Makefile").read_text()
 
@@ -200,7 +202,7 @@ def test_a_log_of_another_width_is_refused_and_a_narrow_arm_has_its_own(tiny, tm
 def test_a_study_of_the_reports_size_has_no_arms_of_the_small_ones_alone_and_still_measures_its_steps(tmp_path):
     names = {run.name for run in asked(tmp_path, size="report").runs}
     assert not names & (study.NARROW | study.WHOLE_TEXT | study.ON_WHOLE).keys()
-    assert not any("whole" in name for name in names)
+    assert not any(word in name for word in ("whole", "further") for name in names)
     assert names >= {*study.ARMS, *study.BUDGETED}, "or measure() waits for ever"
 
 
@@ -467,6 +469,27 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
     monkeypatch.setattr(results, "Study", lambda folder: reference())
     assert results.main(["--study", str(tmp_path / "logs" / "reference" / "study")]) == 2
     assert "the pages here show logs/reference/study: --out names a folder" in capsys.readouterr().err
+
+
+def test_a_text_without_further_words_has_no_arms_that_are_tuned_on_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WORDS", 900)
+    monkeypatch.setattr(study, "FURTHER", 100)
+    (tmp_path / "text").write_text("a b c d " * 249)
+    ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="")
+    before = {run.name for run in ours.runs}
+    ours.prepare()
+    assert before - {run.name for run in ours.runs} == {
+        name for name in before if name.startswith("try_further_")} != set()
+    assert not ours.further().exists()
+    ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="", only=["try_further_dense_muon_decay"])
+    with pytest.raises(v10.UserError, match=r"text has 996 words, and runs that are tuned on further ones need 1,000"):
+        ours.prepare()
+
+
+def test_tries_on_further_words_are_measured_there(tmp_path):
+    ours = asked(tmp_path, data_file="t", test_file="t")
+    flags = ours.fill(study.TUNING["try_further_dense_muon_decay3"], seed=0)
+    assert flags.endswith(f"--weight-decay 3 --factor-decay 0.15 --test-file {tmp_path / 'further.tokens'}")
 
 
 def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):

@@ -96,7 +96,7 @@ results: $(READY) ## every table and figure of README.md and RESULTS.md, from lo
 bench: $(READY) ## speed and memory as ratios, at the report's size: half an hour
 	$(PY) bench.py $(ARGS)
 
-test: $(DEV)    ## the tests: about 7 minutes on two CPU cores
+test: $(DEV)    ## the tests: about 6 minutes on two CPU cores
 	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 soak: $(DEV)    ## kill small runs 33 times, resume them, compare; stop 20 under torchrun: 10 minutes

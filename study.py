@@ -111,21 +111,18 @@ NARROW = {f"narrow{width}_{optimizer}{tied and '_tied'}":
           for optimizer in ("adamw", "muon")}
 NARROW["narrow192_spectron"] = (f"v11 {STEPS} --dtype float32 --d-model 192 --d-ff 768 --factor-decay 0 "
                                 "--rank-budget 0.35 --init-rank 96")
+UNTUNED = ARMS | CHANGING | NARROW | {"tenth_wide": f"{TENTH} --init-rank {{wide}}"}
 # Arms on the whole text, 20 times as long, in twice as many steps: most words are read once or not at all, so there
 # is no dropout.
 WHOLE = ("--dtype float32 --dropout 0 --epochs {twice_the_epochs} --data-file {data_file} --min-count 50 "
          "--val-fraction 0.005")
-ON_WHOLE = {f"whole_{arm}": f"{command} {WHOLE}" for arm, command in (
-    ("dense_adamw_tied", ARMS["dense_adamw_tied"]), ("tenth_wide", f"{TENTH} --init-rank {{wide}}"),
-    ("narrow136_muon_tied", NARROW["narrow136_muon_tied"]), ("narrow80_muon_tied", NARROW["narrow80_muon_tied"]))}
+ON_WHOLE = {f"whole_{arm}": f"{UNTUNED[arm]} {WHOLE}"
+            for arm in ("dense_adamw_tied", "tenth_wide", "narrow136_muon_tied", "narrow80_muon_tied")}
 # Do those that are measured on the official validation file have the right decays? By the loss on the FURTHER words:
 # the 10,000 that all are tuned on hold too many that do not occur in the training part.
-ON_FURTHER = {f"further_{arm}": f"{command} --dtype float32" for arm, command in (
-    ("v11_quarter", CHANGING["v11_quarter"]), ("tenth_wide", f"{TENTH} --init-rank {{wide}}"),
-    ("dense_muon", ARMS["dense_muon"]), ("narrow192_spectron", NARROW["narrow192_spectron"]),
-    ("narrow136_muon_tied", NARROW["narrow136_muon_tied"]), ("dense_adamw", ARMS["dense_adamw"]),
-    ("narrow80_muon_tied", NARROW["narrow80_muon_tied"]), ("v10_report", CHANGING["v10_report"]),
-    ("v10_transport", CHANGING["v10_transport"]))}
+HEADLINE = ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied", "dense_adamw",
+            "narrow80_muon_tied", "v10_report", "v10_transport")
+ON_FURTHER = {f"further_{arm}": f"{UNTUNED[arm]} --dtype float32" for arm in HEADLINE}
 TUNED = ARMS | CHANGING | NARROW | ON_WHOLE | ON_FURTHER
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07),
@@ -138,16 +135,21 @@ def rounds(arm):
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
+def decay(times, flag, middle):
+    """Flags: so many times a decay of 1, which with Muon or Spectron takes 0.001 of a weight of the linear layers per
+    step at the middle rate."""
+    return f"--weight-decay {times:.2g}" + (f" --factor-decay {times * 1e-3 / middle:.2g}" if flag == "--eta" else "")
+
+
 def tries_on_words(arm):
     """Its rounds on the short text: rates; decays; dropout. AdamW's decays are 0.3 to 3. With Muon or Spectron that of
     the linear layers takes 0.001 to 0.01 of a weight per step at the middle rate."""
     flag, middle = RATES[arm.split("_")[1]]
-    decays = {"decay": "1", "decay3": "3", "decay_third": "0.3"} if flag == "--lr" else {
-        name: f"{rest} --factor-decay {share / middle:.2g}"
-        for name, rest, share in (("decay", 1, 1e-3), ("decay3", 3, 3e-3), ("decay_third", 3, 1e-2))}
+    other = decay(0.3, flag, middle) if flag == "--lr" else f"--weight-decay 3 --factor-decay {1e-2 / middle:.2g}"
+    decays = {"decay": decay(1, flag, middle), "decay3": decay(3, flag, middle), "decay_third": other}
     return [{"rate1": f"{flag} {middle:g} --dropout 0.1", "rate0.5": f"{flag} {middle / 2:g} --dropout 0.1",
              "rate2": f"{flag} {2 * middle:g} --dropout 0.1"},
-            {name: f"{{{arm}.1}} --weight-decay {decay}" for name, decay in decays.items()},
+            {name: f"{{{arm}.1}} {flags}" for name, flags in decays.items()},
             {"dropout": f"{{{arm}.2}} --dropout 0.2"}]
 
 
@@ -155,8 +157,7 @@ def tries_on_further(arm):
     """By the loss on the further words: decays, three times and a third of the first, at the rate and the dropout that
     were the best for each of these arms before."""
     flag, middle = RATES[arm.split("_")[2]]
-    return [{name: f"{flag} {middle:g} --dropout 0.1 --weight-decay {times}" + (
-                 f" --factor-decay {times * 1e-3 / middle:.2g}" if flag == "--eta" else "")
+    return [{name: f"{flag} {middle:g} --dropout 0.1 {decay(times, flag, middle)} {{further}}"
              for name, times in (("decay", 1), ("decay3", 3), ("decay_third", 0.3))}]
 
 
@@ -169,9 +170,7 @@ def tries_on_whole(arm):
     rates = {"rate1": "--lr 0.001", "rate2": "--lr 0.002", "rate4": "--lr 0.004"} if is_adamw else {
         "rate1": f"--eta {middle:g}", "rate2": f"--eta {2 * middle:g} --lr 0.002",
         "rest2": f"--eta {middle:g} --lr 0.002"}
-    third, tenth, thirtieth = (
-        f"--weight-decay {1 / part:.2g}" + ("" if is_adamw else f" --factor-decay {1e-3 / middle / part:.2g}")
-        for part in (3, 10, 30))
+    third, tenth, thirtieth = (decay(1 / part, flag, middle) for part in (3, 10, 30))
     return [{name: f"{flags} {third}" for name, flags in rates.items()},
             {"decay_tenth": f"{{{arm}.1}} {tenth}", "decay_thirtieth": f"{{{arm}.1}} {thirtieth}"},
             {"rate3": f"{{{arm}.2}} --lr 0.003"} if is_adamw else {"rest4": f"{{{arm}.2}} --lr 0.004"},
@@ -179,8 +178,7 @@ def tries_on_whole(arm):
              for times in ((4, 8) if is_adamw else (8, 16))}]
 
 
-TUNING = {name: f"{command} {flags}" + " {further}" * (arm in ON_FURTHER)
-          for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
+TUNING = {name: f"{command} {flags}" for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
           for of_round in rounds(arm)[i:i + 1] for name, flags in of_round.items()}
 AT_BEST = {arm: f"{command} {{{arm}.{len(rounds(arm))}}}" for arm, command in TUNED.items()}
 CONTROLLED = {arm: f"{AT_BEST[arm]} --telemetry" for arm in ARMS}
@@ -208,9 +206,7 @@ WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
                           "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
 WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
 # Arms again, measured on the official validation file too, which has 20 times the words of the text that they hold out.
-OFFICIAL = {f"official_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 {{test}}"
-            for arm in ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied",
-                        "dense_adamw", "narrow80_muon_tied", "v10_report", "v10_transport")}
+OFFICIAL = {f"official_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 {{test}}" for arm in HEADLINE}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
@@ -411,14 +407,14 @@ class Study:
                 path.write_text(text, encoding="utf-8")
             elif path.read_text(encoding="utf-8") != text:
                 raise v10.UserError(f"{path} was made of another text than {self.args.data_file}: choose another --out")
-            further = words[WORDS:WORDS + FURTHER]
-            if not self.further().exists() and len(further) == FURTHER:
-                self.further().write_text(" ".join(further), encoding="utf-8")
             if not self.further().exists():
-                if any("{further" in COMMANDS[name] for name in self.args.only or []):
+                if len(words) >= WORDS + FURTHER:
+                    self.further().write_text(" ".join(words[WORDS:WORDS + FURTHER]), encoding="utf-8")
+                elif any("{further" in COMMANDS[name] for name in self.args.only or []):
                     raise v10.UserError(f"{self.args.data_file} has {len(words):,} words, and runs that are tuned on "
                                         f"further ones need {WORDS + FURTHER:,}")
-                self.runs = tuple(run for run in self.runs if "{further" not in COMMANDS[run.name])
+                else:
+                    self.runs = tuple(run for run in self.runs if "{further" not in COMMANDS[run.name])
         try:
             corpus = self.corpus()
             texts = {"val": corpus.val}

@@ -5,12 +5,10 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
-from pathlib import Path
 from unittest import mock
 
 import v10_transformer_lowrank_scaled as v10
 
-ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ["torch._dynamo", "v11_transformer_lowrank_spectron", "v11_transformer_lowrank_selfguided"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(PRELOADED)
@@ -34,7 +32,7 @@ class Forked:
         self.files = [folder / f"{environment['RANK']}.{name}" for name in ("out", "err")]
         for path in self.files:
             path.write_text("")
-        of_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path])),
+        of_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                      "TORCH_CPP_LOG_LEVEL": "ERROR"}  # in forks alone, torch warns of a process group without hooks
         with mock.patch.dict(os.environ, of_server):
             multiprocessing.forkserver.ensure_running()
@@ -47,7 +45,7 @@ class Forked:
         return self.process.exitcode
 
     def poll(self):
-        return self.process.exitcode
+        return self.returncode
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)

@@ -160,7 +160,7 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
     found, m = [], None if metric == "plain" else measured
 
     def add(name, kind, U, V, whole, fisher, shift=None, level=0.0):
-        if metric == "inputs":
+        if metric == "inputs" and kind != "tied":
             fisher = fisher._replace(D=U.double().mT @ U.double())
         damping = v11.DAMPING if metric == "fisher" else 0.0
         found.append(Matrix(name, kind, U, V, whole, fisher, damping, shift, level))
@@ -178,8 +178,8 @@ def matrices(model: v10.GPT, metric: str, measured: Measured | None, only: str =
         fisher = None
         if m:
             uses = [(m.words, m.embedding_G), (m.p, m.covariance)]
-            if metric == "inputs":  # each use with the mean of the other side
-                uses = [(m.words, m.embedding_G.trace() / C * one), (m.p.mean().expand_as(m.p), m.covariance)]
+            if metric == "inputs":  # of the outputs of both: vectors, and logits
+                uses = [(m.words, one), (torch.ones_like(m.p), m.covariance)]
             a, B = nearest_kronecker(uses)
             fisher = v11.Fisher(weighted_gram(V.mT, a), U.double().mT @ B @ U.double(), B.trace().item() / C)
         add("embedding and head", "tied", U, V, whole, fisher, m and m.mean)

@@ -245,22 +245,26 @@ def records(path: Path, quiet: bool = False) -> list[tuple[int, object]]:
 
 def ended(path: Path) -> Run | None:
     """The run of a log, None if it has not ended. Raises LogError."""
-    run = read_run(path, path.stem, quiet=True)
+    run = read_run(path, path.stem, records(path, quiet=True))
     return run if run.end else None
 
 
-def read_log(path: Path, name: str, init_rank: float = 64, quiet: bool = False) -> Run:
+def read_log(path: Path, name: str, init_rank: float = 64) -> Run:
     """A log -> Run. Raises LogError, also if it has no epoch yet."""
-    run = read_run(path, name, init_rank, quiet)
+    return begun(path, read_run(path, name, records(path), init_rank))
+
+
+def begun(path, run):
+    """-> the run. Raises LogError if it has no epoch yet."""
     if not run.epochs:
         raise LogError(f"{path}: no epoch in it yet")
     return run
 
 
-def read_run(path: Path, name: str, init_rank: float = 64, quiet: bool = False) -> Run:
-    """A log -> Run, which may have only begun. Raises LogError."""
+def read_run(path: Path, name: str, lines: list[tuple[int, object]], init_rank: float = 64) -> Run:
+    """The records of a log -> Run, which may have only begun. Raises LogError."""
     run, unknown = Run(name), set()
-    for number, record in records(path, quiet):
+    for number, record in lines:
         try:
             kind = check(record, run)
         except ValueError as error:
@@ -311,17 +315,16 @@ def check_compression(record):
         raise ValueError("rows of other cuts than the first one's")
 
 
-def read_compression(path: Path, name: str) -> Compression | None:
-    """A log of compress.py, or None if it is another log. Raises LogError."""
-    found = records(path)
-    if not any(isinstance(record, dict) and record.get("kind") == "compress" for _, record in found):
+def read_compression(path: Path, name: str, lines: list[tuple[int, object]]) -> Compression | None:
+    """The records of a log of compress.py, or None if it is another log. Raises LogError."""
+    if not any(isinstance(record, dict) and record.get("kind") == "compress" for _, record in lines):
         return None
-    for number, record in found:
+    for number, record in lines:
         try:
             check_compression(record)
         except ValueError as error:
             raise LogError(f"{path}:{number}: {error}") from None
-    return Compression(name, [record for _, record in found])
+    return Compression(name, [record for _, record in lines])
 
 
 def read_logs(paths: list[Path], init_rank: float = 64) -> tuple[list[Run], list[Compression]]:
@@ -337,8 +340,8 @@ def read_logs(paths: list[Path], init_rank: float = 64) -> tuple[list[Run], list
         while unique.casefold() in taken:
             unique, i = f"{name}_{i}", i + 1
         try:
-            found.append(read_compression(path, unique)  # which has warned of a last line that is cut off
-                         or read_log(path, unique, init_rank, quiet=True))
+            lines = records(path)
+            found.append(read_compression(path, unique, lines) or begun(path, read_run(path, unique, lines, init_rank)))
         except LogError as problem:
             problems.append(problem)
     if not found:
@@ -361,13 +364,13 @@ def warn(message):
 # ---- Seeds of one configuration, and the phases of a run -------------------------------------------------------------
 
 OF_ONE_RUN = {"seed", "log_file", "checkpoint", "checkpoint_minutes", "command", "resume", "overwrite", "device_name",
-              "dtype_reason", "versions", "leak_check", "telemetry", "ranks_from", "initial_ranks", "parameters",
+              "dtype_reason", "versions", "leak_check", "telemetry", "initial_ranks", "parameters",
               "factor_parameters"}
 
 
 SINCE = {"tokenize": "words", "min_count": 1, "tie_embeddings": False, "share_layers": False, "optimizer": "adamw",
          "eta": None, "momentum": 0.95, "nesterov": True, "factor_decay": 0.0, "init_from": None,
-         "one_pass": False}  # not in older logs
+         "one_pass": False, "ranks_from": None}  # not in older logs
 
 
 @dataclass
@@ -397,6 +400,7 @@ def grouped(runs: list[Run]) -> list[Group]:
     groups = {}
     for i, run in enumerate(runs):
         settings = SINCE | {name: value for name, value in run.settings.items() if name not in OF_ONE_RUN}
+        settings["ranks_from"] = re.sub(r"[_-](seed|s)\d+(?=\.|$)", "", str(settings["ranks_from"]))  # of its seed
         if settings.get("lr_schedule") != "cosine":  # else as many as there are, which --resume may have changed
             settings["epochs"] = None
         groups.setdefault(json.dumps(settings, sort_keys=True) if run.settings else i, []).append(run)
@@ -710,9 +714,9 @@ def contents(runs, compressions=(), report=False):
         yield comparison_table(groups)
         for group in (group for group in groups if group.apart):
             yield f"The run {group.name} is not averaged with runs of the same settings: {group.apart}."
-        if len(set(map(text_of, runs))) > 1:
+        if len({text_of(run) for run in runs if run.settings}) > 1:
             yield "The runs were not trained on the same data: their losses cannot be compared."
-        if len({run.epochs[-1].get("tokens_seen") for run in runs}) > 1:
+        if len({run.epochs[-1].get("tokens_seen") for run in runs} - {None}) > 1:
             yield "The runs were not trained on the same number of tokens."
     if any(map(phases, runs)):
         yield PHASES
@@ -1243,7 +1247,7 @@ def exit_code(name, folder, kind, work) -> int:
         return 0
     except LogError as error:
         message = str(error)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         message = f"{folder} holds other logs than those of {kind} ({error!r})"
     except OSError as error:
         message = f"cannot use {error.filename or folder}: {error.strerror}"

@@ -85,7 +85,7 @@ class Study:
         compressed = defaultdict(dict)
         for path in sorted(folder.glob("compress/*.jsonl")):
             name, _, seed = path.stem.rpartition("_s")
-            log = plot_logs.read_compression(path, name)
+            log = plot_logs.read_compression(path, name, plot_logs.records(path))
             if log and len(log.records) >= RECORDS.get(name, 4):
                 compressed[name][seed] = log.records
             else:
@@ -295,8 +295,10 @@ def standard_error(values):
 
 
 def plus_minus(values, form="+.3f"):
-    """The mean of several numbers and its standard error; a dash for fewer than two."""
-    return f"{fmean(values):{form}} \N{PLUS-MINUS SIGN} {standard_error(values):.3f}" if len(values) > 1 else DASH
+    """The mean of numbers, and its standard error if there are several; a dash for none."""
+    if len(values) < 2:
+        return f"{fmean(values):{form}}" if values else DASH
+    return f"{fmean(values):{form}} \N{PLUS-MINUS SIGN} {standard_error(values):.3f}"
 
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantiles of Student's t, by the number of values
@@ -504,8 +506,9 @@ def by_count(study):
     seeds = seeds_by_count(study)
     columns = [("test", kind) for kind in KINDS] + [("val", 0)]
 
-    def cells(name, of):
-        return [fmean(study.by_count[name][seed][text][kind][of] for seed in seeds) for text, kind in columns]
+    def cells(name, of):  # the loss is null where a text has no such word
+        found = [[study.by_count[name][seed][text][kind][of] for seed in seeds] for text, kind in columns]
+        return [None if None in values else fmean(values) for values in found]
     shares = cells(OFFICIAL[0], 0)
     return Table("by_count", "", [
         f"n = {len(seeds)}; the training text has the word", *(
@@ -975,7 +978,8 @@ def available(study):
              (set(study.groups) >= {*WHOLE_TEXT, *(f"tuned_{name}" for name in ON_WHOLE)},
               {"tuned_on_whole": tuned_on_whole}, {}),
              (study.compressed.keys() >= COMPRESSED.keys(), TABLES_OF_COMPRESSION, FIGURES_OF_COMPRESSION),
-             (study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW}, {"ways": ways}, {}),
+             ("dense_adamw" in study.groups and study.compressed.keys() >= {*COMPRESSED, *CUT_NARROW},
+              {"ways": ways}, {}),
              (study.scaling, {name: lambda study, of=of: of(study.scaling) for name, of in law.TABLES.items()},
               {"law": law_figure})]
     has = [part for part in parts if part[0]]

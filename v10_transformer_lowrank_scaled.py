@@ -819,7 +819,8 @@ def next_batch(tokens: Tensor | TokenFile, step: int, batch_size: int, block_siz
 
 LOGITS_BYTES = 4 * 10**8  # the memory for a tile of logits: small beside all of them, enough for fast products
 CACHE_BYTES = 2**23  # the logits that a CPU turns into gradients at a time: they stay in its cache from pass to pass
-ALIGNED = {"cuda": 64}  # products of other sizes may take several times as long there (pytorch#146817)
+# Products of other sizes take up to several times as long on CUDA (pytorch#146817), and a third longer with AMX.
+ALIGNED = {("cuda", torch.float32): 64, ("cuda", torch.bfloat16): 64, ("cpu", torch.bfloat16): 64}
 REDUCTION = 2**14  # no product sums over more words at once: from 32,767 on, Metal's may be wrong (pytorch#193487)
 
 
@@ -835,7 +836,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, targets, dtype, grad):
         N, n_words, on_cpu = len(x), len(W), W.device.type == "cpu"
-        V = n_words + -n_words % ALIGNED.get(W.device.type, 1)
+        V = n_words + -n_words % ALIGNED.get((W.device.type, dtype), 1)
         tokens = LOGITS_BYTES // (V * W.element_size())
         tokens = min(N, 1 << max(tokens.bit_length() - 1, 0))  # a power of two: odd sizes make slower products
         rows = max(1, CACHE_BYTES // (V * W.element_size())) if on_cpu else tokens

@@ -79,7 +79,7 @@ def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, step
 
 def power_iteration(matrices: list[Tensor], vectors: list[Tensor], steps: int = 1) -> tuple[list, list]:
     """An estimate of ||M||_2, from below, for each M (m, n), and the vector x (m,) to start the next one from, which
-    tends to M's first left singular vector -> (norms, vectors)."""
+    tends to M's first left singular vector -> (norms, vectors). From a matrix of zeros the vectors stay as they are."""
     norms, found = [None] * len(matrices), [None] * len(matrices)
     for indices in by_shape(matrices):
         M, x = torch.stack([matrices[i] for i in indices]), torch.stack([vectors[i] for i in indices])[..., None]
@@ -88,7 +88,7 @@ def power_iteration(matrices: list[Tensor], vectors: list[Tensor], steps: int = 
             norm = x.norm(dim=1)
             x = F.normalize(x, dim=1)
         for i, sigma, vector in zip(indices, norm[:, 0], x[..., 0], strict=True):
-            norms[i], found[i] = sigma, vector
+            norms[i], found[i] = sigma, torch.where(sigma > 0, vector, vectors[i])
     return norms, found
 
 
@@ -190,9 +190,9 @@ class Spectron(FactorMuon):
 
 
 def with_decays(args: argparse.Namespace) -> argparse.Namespace:
-    """These flags with the decays that they leave open: in each step at the full rate 0.64 / steps of a weight goes, at
-    most a hundredth. That was the best of three on the study's 640 steps and is untried on other lengths; the best
-    decay falls as texts grow (Wang and Aitchison, 2025, arXiv 2405.13698)."""
+    """These flags with the decays that they leave open: rate times decay is 0.64 / steps, at most a hundredth. That was
+    the best of three on the study's 640 steps and is untried on other lengths; the best decay falls as texts grow
+    (Wang and Aitchison, 2025, arXiv 2405.13698)."""
     share = min(0.64 / (args.epochs * args.steps_per_epoch), 0.01)
     decays = {"weight_decay": args.lr, "factor_decay": args.eta}
     return argparse.Namespace(**vars(args) | {name: share / rate for name, rate in decays.items()

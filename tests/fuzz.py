@@ -103,7 +103,7 @@ def targets(folder):
 
     def read_compression(data):
         here.write_bytes(data)
-        if log := plot_logs.read_compression(here, "case"):
+        if log := plot_logs.read_compression(here, "case", plot_logs.records(here)):
             parts = [*plot_logs.contents([], [log])]
             plot_logs.page(parts)
             plot_logs.html_page(parts, {})

@@ -36,7 +36,7 @@ def test_loss_and_gradients_are_exact_whatever_the_tiles(monkeypatch, tokens, re
 def test_words_that_fill_up_a_size_change_nothing(monkeypatch, aligned):
     want = ours(*(given := problem()))
     gradients = torch.autograd.grad(want, given[:3])
-    monkeypatch.setattr(v10, "ALIGNED", {"cpu": aligned})
+    monkeypatch.setattr(v10, "ALIGNED", {("cpu", torch.float64): aligned})
     widths, product = set(), torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, out: widths.add(out.shape[1]) or product(*a, out=out))
     got = ours(*(given := problem()))

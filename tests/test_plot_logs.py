@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.text
 import pytest
@@ -140,6 +141,11 @@ def test_runs_on_different_data_are_not_compared_silently(run, text, capsys):
     said = capsys.readouterr().out
     assert "losses cannot be compared" in said
     assert "not trained on the same number of tokens" in said
+
+
+def test_what_a_log_does_not_say_is_not_called_different(report, dense, capsys):
+    plot(report, dense)
+    assert "were not trained on the same" not in capsys.readouterr().out
 
 
 def test_the_entropy_floor_is_drawn_and_listed(run, text, capsys):
@@ -336,6 +342,21 @@ def test_seeds_of_one_configuration_are_one_row_and_one_curve(tmp_path, capsys):
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (4.5, 6)
     plot_logs.plt.close(figure)
+
+
+def test_ranks_from_the_logs_of_one_configuration_are_one_and_from_others_another(tmp_path):
+    logs = [write(tmp_path / f"fresh_s{i}.jsonl", *logged([6, 5], seed=i, ranks_from=name))
+            for i, name in enumerate(("small_s0.jsonl", "small_s1.jsonl", "large_s2.jsonl"))]
+    assert [len(group.runs) for group in plot_logs.grouped(plot_logs.read_logs(logs)[0])] == [2, 1]
+
+
+def test_a_log_from_a_pipe_is_read_once(dense):
+    end, start = os.pipe()
+    os.write(start, dense.read_bytes())
+    os.close(start)
+    (run,), _ = plot_logs.read_logs([Path(f"/dev/fd/{end}")])
+    os.close(end)
+    assert [epoch["val_loss"] for epoch in run.epochs] == [3, 2]
 
 
 @pytest.mark.parametrize(("schedule", "groups"), [("constant", 1), ("cosine", 2)])

@@ -91,6 +91,14 @@ def test_power_iteration_approaches_the_largest_singular_value_from_below():
             assert x.norm() == pytest.approx(1)
 
 
+def test_power_iteration_finds_a_matrix_again_that_was_zero_for_a_while():
+    M = matrices()[0]
+    x = torch.randn(len(M), dtype=M.dtype, generator=torch.Generator().manual_seed(1))
+    (nothing,), (kept,) = v11.power_iteration([torch.zeros_like(M)], [x])
+    assert nothing == 0
+    assert torch.equal(kept, x)
+
+
 # ---- Spectron --------------------------------------------------------------------------------------------------------
 
 def pair_steps(kind, eta, steps=20, exact=False, unbalanced=1.0, **settings):

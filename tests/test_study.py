@@ -374,9 +374,10 @@ def copied(folder, *changed, only="*.jsonl"):
 
 @pytest.mark.parametrize(("name", "line", "said"), [
     ("speed", "{", "speed.jsonl:1: not a line of JSON"), ("probes", "[]", "holds other logs"),
+    ("speed", '{"kind": "speed", "over_dense": null}', "holds other logs"),
     ("dense_s0", "{", "dense_s0.jsonl:1: not a line of JSON"), ("ngrams", '{"kind": "ngrams"}', "is not complete")])
 def test_damaged_logs_are_told_in_one_line(tmp_path, capsys, name, line, said):
-    copied(tmp_path / "study", name, only="*.jsonl" if name == "ngrams" else f"{name}.jsonl")
+    copied(tmp_path / "study", name, only=f"{name}.jsonl" if line in ("{", "[]") else "*.jsonl")
     (tmp_path / "study" / f"{name}.jsonl").write_text(line + "\n\n" * (name == "dense_s0"))
     assert results.main(["--study", str(tmp_path / "study"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -411,6 +412,9 @@ def test_a_study_of_one_seed_and_no_second_text_has_its_tables_and_figures_witho
         assert "\N{PLUS-MINUS SIGN}" not in text
         assert "nan" not in text
         assert " to +" not in text
+    for name, arm in (("steps", "rank64_spectron"), ("budget", "v11_tenth"), ("brought", "v11_tenth")):
+        assert f"{one.mean(arm, results.last_loss):.3f}" in tables[name](one).markdown()
+    assert f"{one.mean('official_tenth_wide', results.official_loss):.3f}" in tables["headline"](one).markdown()
     for name in ("steps", "budget"):
         figures[name](one).canvas.draw()
         plot_logs.plt.close("all")
@@ -425,6 +429,16 @@ def test_a_run_that_has_not_ended_does_not_count_and_is_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("has not ended; left out") == 2
     assert "just_begun_s0.jsonl" in said
+
+
+def test_a_kind_of_word_that_a_text_lacks_has_no_loss():
+    found = copy.copy(reference())
+    found.by_count = copy.deepcopy(found.by_count)
+    for record in (record for seeds in found.by_count.values() for record in seeds.values()):
+        record["val"][0] = [0.0, None]
+    rows = results.by_count(found).rows
+    assert {str(row[-1]) for row in rows} == {results.DASH}
+    assert results.DASH not in {str(cell) for row in rows for cell in row[1:-1]}
 
 
 def test_a_difference_is_between_runs_of_one_seed():

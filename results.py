@@ -27,6 +27,7 @@ NAMES = {"dense": "dense", "fixed": "fixed at 64", "adaptive": "adaptive, as in 
          "transport": "adaptive, with transport", "fixed_mean": "fixed at the mean found",
          "retrained": "ranks found, trained afresh"}
 COUNTED = {"bigram": "pairs of words, counted", "unigram": "words, counted"}
+AT_REPORT_SIZE = {"v10": "with the mask", "v10_bidirectional": "without"}
 SETTINGS = {"": "the report's settings", "tuned_": "settings tuned on the dense model"}
 STEPS = {"dense_adamw": "dense, AdamW", "dense_muon": "dense, Muon",  # v11's comparison
          **{f"rank{rank}_{how}": f"rank {rank}, {label}" for rank in (64, 16) for how, label in (
@@ -93,6 +94,9 @@ class Study:
         seeds = sorted(set.intersection(*map(set, compressed.values()))) if compressed else []
         self.compressed = {name: [of_seed[seed] for seed in seeds] for name, of_seed in compressed.items() if seeds}
         self.scaling = law.read(law.scaling_folder(folder))
+        large = folder.resolve().parent / "report_size"
+        self.report_size = {name: plot_logs.read_log(large / f"{name}.jsonl", label)
+                            for name, label in AT_REPORT_SIZE.items() if (large / f"{name}.jsonl").exists()}
         self.is_reference = folder.resolve() == REFERENCE  # of which the figures' titles and axes speak
         self.probes, self.by_count = defaultdict(list), defaultdict(dict)
         for record in records:
@@ -278,6 +282,22 @@ def official(study):
               Cell(perplexity(on[kind]), ",.1f")] for kind, label in COUNTED.items()]
     return Table("official", "", ["", "best val loss", "official file, best epoch", "last epoch",
                                   "perplexity, best epoch"], rows)
+
+
+def at_report_size(study):
+    """The runs at the report's size beside the report's Table 1, at its epochs."""
+    rows = []
+    for number, (train, val, _, _, mean) in plot_logs.REPORT_TRAINING.items():
+        found = [next((epoch for epoch in run.epochs if epoch["epoch"] == number), None)
+                 for run in study.report_size.values()]
+        if any(found):
+            ours = [(epoch["train_loss"], epoch["val_loss"], epoch["rank_avg"]) if epoch else 3 * (None,)
+                    for epoch in found]
+            rows.append([str(number), *(cell for train, val, mean in [*ours, (train, val, mean)] for cell in (
+                Cell(train, ".3f"), Cell(val, ".3f"), Cell(val and perplexity(val), ",.1f"), Cell(mean, ".1f")))])
+    of = [*(run.name for run in study.report_size.values()), "the report"]
+    return Table("report_size", "", ["epoch", *(f"{who}: {what}" for who in of for what in (
+        "train loss", "val loss", "perplexity", "mean rank"))], rows)
 
 
 def tied(name):
@@ -964,6 +984,8 @@ def available(study):
     """-> (tables, figures), {name: function} each; those of v11's comparison as far as the study has it."""
     has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
     parts = [(True, TABLES, FIGURES), ("test" in study.ngrams, {"official": official}, {}),
+             ("v10" in study.report_size, {"report_size": at_report_size},
+              {"report_size": lambda study: plot_logs.report_figure(study.report_size["v10"])}),
              (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),

@@ -1934,15 +1934,15 @@ def find_checkpoint(args, files):
 
 def compare_settings(args, settings, defaults, checkpoint, files):
     """Raises UserError if a checkpoint is not of this run; `defaults` are the flags' and count for those that an older
-    checkpoint does not know -> True if it is of another device or another number of processes."""
+    checkpoint does not know -> True if it is of another device, or another number of processes or parts."""
     old = defaults | checkpoint["settings"]
     free = {"epochs", "checkpoint_minutes", "resume", "overwrite", "log_file", "checkpoint", "data_file", "command",
-            "device", "processes", *(name for name in ("dtype", "grad_accum") if vars(args)[name] in (None, "auto"))}
+            "device", "processes", "grad_accum", *(["dtype"] if args.dtype == "auto" else [])}
     changed = [f"{name} was {old[name]} and is now {value}" for name, value in settings.items()
                if name not in free and value != old[name]]
     if changed:
         raise UserError(f"a run is resumed with its own data and settings, but {', '.join(changed)}; only --epochs, "
-                        "--checkpoint-minutes, the device and the number of processes may change")
+                        "--checkpoint-minutes, --grad-accum, the device and the number of processes may change")
     if checkpoint["state"]["step"] > args.epochs * args.steps_per_epoch:
         raise UserError(f"{files.last} is already past --epochs {args.epochs}")
     if not files.log.exists() or files.log.stat().st_size < checkpoint["log_bytes"]:
@@ -1950,8 +1950,8 @@ def compare_settings(args, settings, defaults, checkpoint, files):
     if (args.lr_schedule == "cosine" or args.warmup_steps is None) and args.epochs != old["epochs"]:
         say("*** --epochs has changed, and with it the schedule: an uninterrupted run would have differed")
     moves = [move.format(settings[name], old[name]) for name, move in (
-        ("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}"))
-        if settings[name] != old[name]]
+        ("device", "on {} instead of {}"), ("processes", "with {} processes instead of {}"),
+        ("grad_accum", "in {} parts per step instead of {}")) if settings[name] not in (None, old[name])]
     for move in moves:
         say(f"*** going on {move}: the run is no longer bit for bit the one that was never interrupted")
     return bool(moves)

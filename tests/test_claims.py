@@ -264,6 +264,14 @@ def share_of_lead(arm, kinds):
     return sum(by_count(arm)[kind][0] * lead for kind, lead in zip(kinds, leads(arm, kinds), strict=True))
 
 
+LARGE = STUDY.report_size["v10"]
+SENTENCES_AT_REPORT_SIZE = [
+    lambda: f"with the mask the loss ends at {last_loss(LARGE):.3f}, a perplexity of "
+            f"{plot_logs.perplexity(last_loss(LARGE)):.0f}",
+    lambda: f"for {len(LARGE.epochs)} of its 30 epochs (seed {LARGE.settings['seed']}, {LARGE.settings['dtype']}, "
+            f"{sum(epoch['time_sec'] for epoch in LARGE.epochs) / 3600:.1f} hours"]
+
+
 SENTENCES_ON_OFFICIAL = [
     lambda: f"v11's tenth ends {there('tenth_wide', 'dense_adamw')} nats below the dense model with AdamW, "
             f"{there('tenth_wide', 'narrow136_muon_tied')} below the dense model of width 136 with Muon, which has its "
@@ -695,6 +703,14 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: highest_is_o("long") == [True] * 3 and sum(lowest_are_q_and_k("transport")) == 2),
     ("RESULTS", "the others have overfitted and it is third",
      lambda: sorted(results.NAMES, key=lambda name: STUDY.mean(name, last_loss)).index("adaptive") == 2),
+    ("README", "a perplexity of [291](RESULTS.md#8-at-the-reports-size) in 15 epochs",
+     lambda: (round(plot_logs.perplexity(best_loss(LARGE))), len(LARGE.epochs)) == (291, 15)
+     and not LARGE.sees_targets and LARGE.settings["d_model"] == 512),
+    ("RESULTS", "After epochs 1, 5 and 10 the mean rank is the report's, to a decimal",
+     lambda: all(round(LARGE.epochs[n - 1]["rank_avg"], 1) == plot_logs.REPORT_TRAINING[n][4] for n in (1, 5, 10))),
+    ("RESULTS", "The loss is lower than the report's in all of these epochs and still falls",
+     lambda: all(LARGE.epochs[n - 1]["val_loss"] < plot_logs.REPORT_TRAINING[n][1] for n in (1, 5, 10, 15))
+     and plot_logs.best(LARGE) is LARGE.epochs[-1]),
     ("README", "Bigrams reach 4.765 and 5.989",
      lambda: [round(STUDY.ngrams[text]["bigram"], 3) for text in ("test", "val")] == [4.765, 5.989]),
     ("README", "they reach 0.49", lambda: round(MEAN["synthetic_bidirectional"], 2) == 0.49),
@@ -788,7 +804,7 @@ def test_the_logs_say_what_the_page_says(page, phrase, holds):
 @pytest.mark.parametrize(("page", "sentence"), [
     *(("RESULTS", sentence) for sentence in [
         *SENTENCES, *SENTENCES_OF_CUTS, *SENTENCES_ON_OFFICIAL, *SENTENCES_ON_FURTHER, *SENTENCES_OF_WHOLE,
-        *SENTENCES_OF_COMPRESSION, *SENTENCES_OF_LAW, times]),
+        *SENTENCES_AT_REPORT_SIZE, *SENTENCES_OF_COMPRESSION, *SENTENCES_OF_LAW, times]),
     *(("README", sentence) for sentence in IN_README)])
 def test_the_numbers_of_a_sentence_are_those_of_the_logs(page, sentence):
     assert sentence() in " ".join((ROOT / f"{page}.md").read_text(encoding="utf-8").split())

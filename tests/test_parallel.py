@@ -124,6 +124,16 @@ def test_a_run_goes_on_with_another_number_of_processes(run, text, tmp_path, mon
     assert [record["processes"] for record in records(log, "resume")] == [2, 1]
 
 
+def test_a_run_that_needs_too_much_memory_goes_on_in_more_parts(run, capsys):
+    straight = run(*RESIZING, name="straight")
+    run(*RESIZING, "--epochs", "2", name="parts")
+    capsys.readouterr()
+    log = run(*RESIZING, "--resume", "--grad-accum", "2", name="parts")
+    assert "going on in 2 parts per step instead of 1: the run is no longer bit for bit" in capsys.readouterr().out
+    assert_same_training(straight, log)
+    assert v10.load(log.with_suffix(".pt"))["settings"]["grad_accum"] == 2
+
+
 def test_a_run_goes_on_on_another_device_where_tensors_lie_otherwise_in_memory(run, capsys):
     straight, log = (run("--optimizer-on-resize", "transport", "--epochs", epochs, name=name)
                      for epochs, name in ((4, "straight"), (2, "moved")))

@@ -965,6 +965,14 @@ def cuts_figure(study):
     return plot_logs.cuts_figure(study.groups["v11_tenth"].first)
 
 
+def report_size_figure(study):
+    """The run with the mask at the report's size, and the points of the report's."""
+    figure = plot_logs.report_figure(study.report_size["v10"])
+    figure.suptitle("At the report's size, with the mask (lines): the ranks are the report's (points), and nothing "
+                    "has collapsed yet", fontsize=11)
+    return figure
+
+
 def law_figure(study):
     """The scaling law."""
     figure = law.law_figure(study.scaling)
@@ -985,7 +993,7 @@ def available(study):
     has_steps = study.costs and set(study.groups) >= NEEDED_FOR_STEPS
     parts = [(True, TABLES, FIGURES), ("test" in study.ngrams, {"official": official}, {}),
              ("v10" in study.report_size, {"report_size": at_report_size},
-              {"report_size": lambda study: plot_logs.report_figure(study.report_size["v10"])}),
+              {"report_size": report_size_figure}),
              (set(study.groups) >= NEEDED_FOR_TRIES, {"tries": tries}, {}),
              (has_steps, TABLES_OF_STEPS, FIGURES_OF_STEPS),
              (has_steps and set(study.groups) >= NEEDED_FOR_CUTS, TABLES_OF_CUTS, FIGURES_OF_CUTS),

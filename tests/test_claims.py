@@ -268,6 +268,8 @@ LARGE = STUDY.report_size["v10"]
 SENTENCES_AT_REPORT_SIZE = [
     lambda: f"with the mask the loss ends at {last_loss(LARGE):.3f}, a perplexity of "
             f"{plot_logs.perplexity(last_loss(LARGE)):.0f}",
+    lambda: f"On the official validation file the loss ends at {results.official_loss(LARGE):.3f}, a perplexity of "
+            f"{plot_logs.perplexity(results.official_loss(LARGE)):.0f}",
     lambda: f"for {len(LARGE.epochs)} of its 30 epochs (seed {LARGE.settings['seed']}, {LARGE.settings['dtype']}, "
             f"{sum(epoch['time_sec'] for epoch in LARGE.epochs) / 3600:.1f} hours"]
 

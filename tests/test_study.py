@@ -153,7 +153,7 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "measured"), [
-    (0, "narrow136_muon_tied"), (1, "tuned_whole_narrow136_muon_tied")])
+    (2, "narrow136_muon_tied"), (3, "tuned_whole_narrow136_muon_tied")])
 def test_the_command_of_the_narrower_model_is_the_one_that_was_measured(number, measured):
     command = re.findall(r"    python3 v7_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())[number]
     flags = command.replace("\\\n", "").split()[2:]
@@ -470,7 +470,7 @@ def test_the_folder_of_a_study_may_be_named_from_here_and_elsewhere_needs_a_plac
                                                                                                       monkeypatch):
     for name in ("results.py", "counts.py", "law.py", "plot_logs.py", "README.md", "RESULTS.md"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("study", "scaling"):
+    for name in ("study", "scaling", "report_size"):
         shutil.copytree(REFERENCE.parent / name, tmp_path / "logs" / "reference" / name)
     program = ("import plot_logs, results; plot_logs.save = lambda figure, path: path.touch()\n"  # make results paints
                "raise SystemExit(results.main(['--study', 'logs/reference/study']))")

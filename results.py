@@ -968,8 +968,9 @@ def cuts_figure(study):
 def report_size_figure(study):
     """The run with the mask at the report's size, and the points of the report's."""
     figure = plot_logs.report_figure(study.report_size["v10"])
-    figure.suptitle("At the report's size, with the mask (lines): the ranks are the report's (points), and nothing "
-                    "has collapsed yet", fontsize=11)
+    if study.is_reference:
+        figure.suptitle("At the report's size, with the mask (lines): the ranks are the report's (points), and nothing "
+                        "has collapsed yet", fontsize=11)
     return figure
 
 

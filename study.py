@@ -123,7 +123,14 @@ ON_WHOLE = {f"whole_{arm}": f"{UNTUNED[arm]} {WHOLE}"
 HEADLINE = ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied", "dense_adamw",
             "narrow80_muon_tied", "v10_report", "v10_transport")
 ON_FURTHER = {f"further_{arm}": f"{UNTUNED[arm]} --dtype float32" for arm in HEADLINE}
-TUNED = ARMS | CHANGING | NARROW | ON_WHOLE | ON_FURTHER
+# At the report's size, in half of its epochs: v11's tenth, dense models, and one with as many parameters in all as v11.
+LARGE = f"{{size}} --epochs {{half_the_epochs}} --lr 1e-3 {SCHEDULE}"
+AT_REPORT = {
+    "large_v11_tenth": f"v11 {LARGE} --rank-budget 0.1",
+    "large_dense_adamw_tied": f"v7 {LARGE} --tie-embeddings",
+    "large_dense_muon_tied": f"v7 {LARGE} --tie-embeddings --optimizer muon",
+    "large_narrow336_muon_tied": f"v7 {LARGE} --tie-embeddings --optimizer muon --d-model 336 --n-heads 6 --d-ff 1344"}
+TUNED = ARMS | CHANGING | NARROW | ON_WHOLE | ON_FURTHER | AT_REPORT
 RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta", 0.02), "spectron": ("--eta", 0.07),
          "report": ("--lr", 1e-3), "transport": ("--lr", 1e-3), "tenth": ("--eta", 0.07), "quarter": ("--eta", 0.07),
          "wide": ("--eta", 0.07)}  # by the second word of an arm's name, the third if its text is the first
@@ -131,7 +138,8 @@ RATES = {"adamw": ("--lr", 1e-3), "selfguided": ("--lr", 1e-3), "muon": ("--eta"
 
 def rounds(arm):
     """[{name of a run: its flags} for each round of an arm's tries]"""
-    tries = (tries_on_whole if arm in ON_WHOLE else tries_on_further if arm in ON_FURTHER else tries_on_words)(arm)
+    tries = (tries_on_whole if arm in ON_WHOLE else tries_on_further if arm in ON_FURTHER else
+             tries_at_report if arm in AT_REPORT else tries_on_words)(arm)
     return [{f"try_{arm}_{name}": flags for name, flags in of_round.items()} for of_round in tries]
 
 
@@ -178,6 +186,15 @@ def tries_on_whole(arm):
              for times in ((4, 8) if is_adamw else (8, 16))}]
 
 
+def tries_at_report(arm):
+    """Few, for a GPU's minutes: two dropouts, with decays that take as much in all as the short text's; then twice the
+    rate, and three times the decay."""
+    flag, middle = RATES[arm.split("_")[2]]
+    dropouts = {f"dropout{p}": f"{flag} {middle:g} {decay(0.213, flag, middle)} --dropout {p}" for p in (0.1, 0.3)}
+    return [dropouts, {"rate2": f"{{{arm}.1}} {flag} {2 * middle:g}",
+                       "decay3": f"{{{arm}.1}} {decay(0.64, flag, middle)}"}]
+
+
 TUNING = {name: f"{command} {flags}" for i in range(4) for arm, command in TUNED.items()  # round by round: none waits
           for of_round in rounds(arm)[i:i + 1] for name, flags in of_round.items()}
 AT_BEST = {arm: f"{command} {{{arm}.{len(rounds(arm))}}}" for arm, command in TUNED.items()}
@@ -207,6 +224,7 @@ WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
 WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
 # Arms again, measured on the official validation file too, which has 20 times the words of the text that they hold out.
 OFFICIAL = {f"official_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 {{test}}" for arm in HEADLINE}
+LARGEST = {arm: f"{AT_BEST[arm]} {{test}}" for arm in AT_REPORT}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
     ("dense", "dense_adamw"), ("muon", "dense_muon"), ("v11", "v11_tenth"), ("narrow136", "narrow136_muon_tied"),
@@ -219,7 +237,8 @@ OF_DENSE = [  # of compressed_dense and compressed_muon; the others' ranks and w
       for metric in ("plain", "fisher")),
     f"cut {{model}} --keep 0.0625 {TO_CUT}", f"tune {{cut}} --train factors {TO_TUNED}",
     *(f"tune {{cut}} --train lora --lora-rank {rank} {TO_TUNED}" for rank in (2, 8, 32))]
-COMMANDS = SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | OFFICIAL | COMPRESSED
+COMMANDS = (SEARCH | RUNS | LATER | TUNING | CONTROLLED | BUDGETED | NARROWED | WHOLE_TEXT | OFFICIAL | COMPRESSED
+            | LARGEST)
 PROBED = {"bidirectional", "adaptive", "bidirectional_dense", "bidirectional_fixed", "synthetic",
           "synthetic_bidirectional"}
 TIMED = [name for name, command in RUNS.items()
@@ -266,10 +285,12 @@ class Study:
         runs = [*map(Run, [*SEARCH, *TUNING]), *(Run(name, seed) for seed in SEEDS[:args.seeds] for name in RUNS),
                 *(Run(name, seed) for seed in UNSEEN[:args.seeds] for name in CONTROLLED | BUDGETED | NARROWED),
                 *(Run(name, seed) for seed in UNSEEN[:min(args.seeds, 3)]
-                  for name in WHOLE_TEXT | OFFICIAL | COMPRESSED)]
-        if args.size != "small":  # whose widths and text these are
-            runs = [run for run in runs if "--d-model" not in COMMANDS[run.name] and WHOLE not in COMMANDS[run.name]
-                    and "{further" not in COMMANDS[run.name]]
+                  for name in WHOLE_TEXT | OFFICIAL | COMPRESSED | LARGEST)]
+        if args.size == "small":
+            runs = [run for run in runs if LARGE not in COMMANDS[run.name]]
+        else:  # without those whose widths and text are the small size's
+            runs = [run for run in runs if LARGE in COMMANDS[run.name] or not any(
+                words in COMMANDS[run.name] for words in ("--d-model", WHOLE, "{further"))]
         later = [Run(name, seed) for name in LATER for seed in SEEDS[:args.seeds]]
         wanted = {run.stem for run in [*runs, *later] if run.name in (args.only or [run.name])}
         for run in reversed([*runs, *later]):  # what a run needs comes before it
@@ -354,7 +375,8 @@ class Study:
         return {"size": self.size, "short": SHORT if self.args.short else "",
                 "data_file": shlex.quote(self.args.data_file), "steps_per_epoch": self.defaults.steps_per_epoch,
                 "lr_1": f"{self.defaults.lr:g}", "lr_2": f"{2 * self.defaults.lr:g}",
-                "twice_the_epochs": 2 * self.defaults.epochs, "three_times_the_epochs": 3 * self.defaults.epochs,
+                "half_the_epochs": (self.defaults.epochs + 1) // 2, "twice_the_epochs": 2 * self.defaults.epochs,
+                "three_times_the_epochs": 3 * self.defaults.epochs,
                 "wide": min(128, self.defaults.d_model),
                 "test": f"--test-file {shlex.quote(self.args.test_file)}" if self.args.test_file else "",
                 "further": f"--test-file {shlex.quote(str(self.further()))}"}[name]

@@ -222,8 +222,9 @@ WHOLE_TEXT = {f"whole_{arm}": f"{(AT_BEST | BUDGETED)[arm]} {WHOLE}"
               for arm in ("dense_muon_tied", "dense_adamw", "dense_adamw_tied", "narrow192_spectron",
                           "narrow136_muon_tied", "narrow80_muon_tied", "tenth_wide")}
 WHOLE_TEXT |= {f"tuned_{arm}": AT_BEST[arm] for arm in ON_WHOLE}
-# Arms again, measured on the official validation file too, which has 20 times the words of the text that they hold out.
-OFFICIAL = {f"official_{arm}": f"{(AT_BEST | BUDGETED)[arm]} --dtype float32 {{test}}" for arm in HEADLINE}
+# Arms at the best of these decays, measured on the official validation file, which has 20 times the words of the text
+# that they hold out.
+OFFICIAL = {f"official_{arm}": f"{AT_BEST[f'further_{arm}']} {{test}}" for arm in HEADLINE}
 LARGEST = {arm: f"{AT_BEST[arm]} {{test}}" for arm in AT_REPORT}
 # Trained models, three seeds of each, and what compress.py does with them: a record per command in compress/NAME.jsonl.
 COMPRESSED = {f"compressed_{name}": AT_BEST[arm] for name, arm in (
@@ -360,7 +361,8 @@ class Study:
     def value(self, name, what, seed):
         """What {name} or {name.what} stands for in a run of this seed."""
         if name in TUNED and what.isdigit():
-            return self.fill(self.lowest(tries_before(name, what), "final_val_loss"), seed)
+            loss = "test_loss_last" if name in ON_FURTHER else "final_val_loss"
+            return self.fill(self.lowest(tries_before(name, what), loss), seed)
         match name, what:
             case "search", "best":
                 return self.fill(self.lowest(SEARCH, "best_val_loss").removeprefix("v7 {size}"), seed)

@@ -21,7 +21,6 @@ import counts
 import plot_logs
 import results
 import study
-import v7_transformer_dense_baseline as v7
 import v10_transformer_lowrank_scaled as v10
 import v11_transformer_lowrank_spectron as v11
 from conftest import ROOT, records, reference, unpainted, untimed
@@ -152,15 +151,18 @@ def test_the_commands_are_those_that_made_the_reference_logs(monkeypatch):
     assert compared > 590 * 20
 
 
-@pytest.mark.parametrize(("number", "measured"), [
-    (2, "narrow136_muon_tied"), (3, "tuned_whole_narrow136_muon_tied")])
-def test_the_command_of_the_narrower_model_is_the_one_that_was_measured(number, measured):
-    command = re.findall(r"    python3 v7_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())[number]
-    flags = command.replace("\\\n", "").split()[2:]
-    settings, = records(REFERENCE / f"{measured}_s1.jsonl", "run")
-    for name, value in vars(v10.build_parser(v7.Dense()).parse_args(flags)).items():
+@pytest.mark.parametrize(("script", "flags", "log"), [
+    ("v7", "--min-count 3", "study/narrow136_muon_tied_s1"),
+    ("v7", "--min-count 50", "study/tuned_whole_narrow136_muon_tied_s1"),
+    ("v7", "--epochs 15", "report_size/v7_tied"), ("v11", "--epochs 15", "report_size/v11")])
+def test_a_command_of_the_results_is_the_one_that_was_measured(script, flags, log):
+    commands = re.findall(rf"    python3 {script}_.*\n(?:        .*\n)*", (ROOT / "RESULTS.md").read_text())
+    command, = (command for command in commands if f"{flags} " in command.replace("\\\n", ""))
+    settings, = records(REFERENCE.parent / f"{log}.jsonl", "run")
+    variant = study.VARIANTS[script]()
+    for name, value in vars(v10.build_parser(variant).parse_args(command.replace("\\\n", "").split()[2:])).items():
         if name not in ("data_file", "log_file", "checkpoint", "seed", "device", "dtype", "grad_accum", "vocab_size",
-                        "val_tokens"):
+                        "val_tokens", "init_rank", "eta"):
             assert settings[name] == value, name
 
 
@@ -493,7 +495,7 @@ def test_a_text_without_further_words_has_no_arms_that_are_tuned_on_them(tmp_pat
     before = {run.name for run in ours.runs}
     ours.prepare()
     assert before - {run.name for run in ours.runs} == {
-        name for name in before if name.startswith("try_further_")} != set()
+        name for name in before if name.startswith(("try_further_", "official_"))} != set()
     assert not ours.further().exists()
     ours = asked(tmp_path, data_file=str(tmp_path / "text"), test_file="", only=["try_further_dense_muon_decay"])
     with pytest.raises(v10.UserError, match=r"text has 996 words, and runs that are tuned on further ones need 1,000"):
@@ -504,6 +506,11 @@ def test_tries_on_further_words_are_measured_there(tmp_path):
     ours = asked(tmp_path, data_file="t", test_file="t")
     flags = ours.fill(study.TUNING["try_further_dense_muon_decay3"], seed=0)
     assert flags.endswith(f"--weight-decay 3 --factor-decay 0.15 --test-file {tmp_path / 'further.tokens'}")
+    for name, on_held_out, on_further in (("decay", 5.0, 4.5), ("decay3", 4.9, 4.6), ("decay_third", 5.1, 4.7)):
+        v10.write_record(ours.log(f"try_further_dense_muon_{name}_s0"), "end", final_val_loss=on_held_out,
+                         test_loss_last=on_further)
+    of_official = ours.parse(study.OFFICIAL["official_dense_muon"])
+    assert (of_official.weight_decay, of_official.test_file) == (1, "t")
 
 
 def test_a_round_of_tries_starts_from_the_best_of_the_rounds_before(tmp_path):

@@ -482,17 +482,7 @@ def tries_on_whole(study):
 
 HEADLINE = ("v11_quarter", "tenth_wide", "dense_muon", "narrow192_spectron", "narrow136_muon_tied", "dense_adamw",
             "narrow80_muon_tied", "v10_report", "v10_transport")
-OFFICIAL = [f"official_{name}" for name in HEADLINE]  # measured on the official validation file, too
-
-
-def headline(study):
-    """README's: v11 and what it competes with, in short."""
-    has = has_official(study)
-    rows = [[LABELS[name], *(Cell(study.mean(name, size), ".2f") for size in (linear_parameters, parameters)),
-             plus_minus(study.values(f"official_{name}", official_loss), ".3f") if has else DASH,
-             Cell(study.mean(name, last_loss), ".3f")] for name in HEADLINE if name in study.groups]
-    return Table("headline", "", ["", "M parameters in linear layers", "in all", "last loss, official file",
-                                  "held-out text"], rows)
+OFFICIAL = [f"official_{name}" for name in HEADLINE]
 
 
 def has_official(study):
@@ -505,7 +495,7 @@ def official_loss(run):
 
 
 def official_arms(study):
-    """The headline's on the official validation file."""
+    """Those arms on the official validation file."""
     others = ("official_dense_adamw", "official_narrow136_muon_tied")
     rows = [[LABELS[name], *(plus_minus(study.values(name, loss), ".3f") for loss in (last_loss, official_loss)),
              Cell(fmean(study.values(name, lambda run: perplexity(official_loss(run)))), ",.1f"),
@@ -534,7 +524,7 @@ def seeds_by_count(study):
 
 
 def by_count(study):
-    """The losses of the headline's arms by how often the training text has a word."""
+    """Their losses by how often the training text has a word."""
     seeds = seeds_by_count(study)
     columns = [("test", kind) for kind in KINDS] + [("val", 0)]
 
@@ -720,7 +710,7 @@ TABLES = {"leak": leak, "comparison": comparison,
           "tuned_comparison": lambda study: comparison(study, "tuned_"), "hypotheses": hypotheses,
           "untrained": untrained, "choices": choices, "projections": projections}
 TABLES_OF_STEPS = {"steps": steps, "norms": norms}
-TABLES_OF_CUTS = {"headline": headline, "budget": budgeted, "brought": brought}
+TABLES_OF_CUTS = {"budget": budgeted, "brought": brought}
 TABLES_OF_COMPRESSION = {"compressed": compressed, "fitted": fitted, "by_rank": by_rank, "tuned": tuned,
                          "spectra": spectra}
 NEEDED = {"bidirectional", "bidirectional_fixed", "bidirectional_dense", "synthetic", "synthetic_bidirectional", "long",

@@ -762,6 +762,10 @@ CLAIMS = [  # page, phrase, what it rests on
      lambda: LAST_CUT is max(LARGE["v11"].cuts, key=lambda cut: cut["val_loss"] - cut["val_loss_before"])),
     ("RESULTS", "an epoch of v11 took about twice as long as one of the dense model",
      lambda: 1.7 < seconds_per_epoch("v11") / seconds_per_epoch("v7_tied") < 2.3),
+    ("RESULTS", "the dense control takes a step of 8,192 tokens in 15 ms",
+     lambda: round(8_192_000 / at("v7_tied_dropout0.3", 15, "tokens_per_sec")) == 15),
+    ("README", "takes an H100 4 minutes", lambda: round(60 * hours("v10_bidirectional")) == 4
+     and "H100" in LARGE["v10_bidirectional"].settings["device_name"]),
     ("RESULTS", "the dense model overfits from its tenth epoch on",
      lambda: plot_logs.best(LARGE["v7"]) is LARGE["v7"].epochs[9]),
     ("RESULTS", "ended in its third epoch, at step 580, with a loss or a gradient that was not finite",

@@ -409,14 +409,14 @@ def test_a_study_of_one_seed_and_no_second_text_has_its_tables_and_figures_witho
     plot_logs.start_matplotlib()
     (tables, figures), (in_full, _) = results.available(one), results.available(all_seeds)
     assert in_full.keys() - tables.keys() == {"official"}
-    for name in ("steps", "budget", "narrow", "brought", "headline"):
+    for name in ("steps", "budget", "narrow", "brought", "official_arms"):
         text = tables[name](one).markdown()
         assert "\N{PLUS-MINUS SIGN}" not in text
         assert "nan" not in text
         assert " to +" not in text
     for name, arm in (("steps", "rank64_spectron"), ("budget", "v11_tenth"), ("brought", "v11_tenth")):
         assert f"{one.mean(arm, results.last_loss):.3f}" in tables[name](one).markdown()
-    assert f"{one.mean('official_tenth_wide', results.official_loss):.3f}" in tables["headline"](one).markdown()
+    assert f"{one.mean('official_tenth_wide', results.official_loss):.3f}" in tables["official_arms"](one).markdown()
     for name in ("steps", "budget"):
         figures[name](one).canvas.draw()
         plot_logs.plt.close("all")

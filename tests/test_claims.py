@@ -277,18 +277,8 @@ def hours(name):
     return sum(epoch["time_sec"] for epoch in LARGE[name].epochs) / 3600
 
 
-def begins_collapse(losses):
-    """The first epoch whose loss, of {epoch: loss}, is a nat below the one before it."""
-    epochs = [*losses]
-    return next(after for before, after in zip(epochs, epochs[1:], strict=False) if losses[before] - losses[after] > 1)
-
-
 def at(name, number, key="val_loss"):
     return LARGE[name].epochs[number - 1][key]
-
-
-def seconds_per_epoch(name):
-    return fmean(epoch["time_sec"] for epoch in LARGE[name].epochs)
 
 
 ON_GPU = plot_logs.read_log(results.REFERENCE.parent / "report_size" / "v10_gpu.jsonl", "v10")
@@ -297,44 +287,47 @@ SENTENCES_AT_REPORT_SIZE = [
     lambda: f"falls to {ends('v10_bidirectional', 2)}; the report has "
             f"{plot_logs.perplexity(REPORT[30][1]):.2f}. With the mask the loss ends at {ends('v10', 0)}.",
     lambda: f"the mean rank ends at {at('v10_bidirectional', 30, 'rank_avg'):.1f}, there at {REPORT[30][4]:.1f}",
-    lambda: f"on the official validation file it is then {results.official_loss(LARGE['v10']):.3f}, a perplexity of "
-            f"{plot_logs.perplexity(results.official_loss(LARGE['v10'])):.0f}",
+    lambda: f"On the official validation file it is then {LARGE['v10'].end['test_loss_best']:.3f}, and "
+            f"{official_loss(LARGE['v10']):.3f} after the last change of ranks, a perplexity of "
+            f"{plot_logs.perplexity(official_loss(LARGE['v10'])):.0f}",
     lambda: f"took {60 * hours('v10_bidirectional'):.1f} minutes on an H100, at "
             f"{round(LARGE['v10_bidirectional'].tokens_per_second(), -3):,.0f} tokens",
-    lambda: f"(`make train`, {len(LARGE['v10'].epochs)} of 30 epochs) took {hours('v10'):.1f} hours",
+    lambda: f"`make train ARGS=\"--epochs {len(LARGE['v10'].epochs)} --test-file wiki.valid.tokens\"`) took "
+            f"{hours('v10'):.1f} hours",
     lambda: f"ends {results.official_loss(LARGE['v11']) - results.official_loss(LARGE['v7_tied']):.3f} nats above it "
             "on the official validation file, a perplexity of "
-            + " against ".join(f"{plot_logs.perplexity(results.official_loss(LARGE[name])):.1f}"
-                               for name in ("v11", "v7_tied"))
+            + " against ".join(perplexities(official_loss, ".1f"))
             + f", and {last_loss(LARGE['v11']) - last_loss(LARGE['v7_tied']):.3f} above it on the "
-            f"{LARGE['v11'].settings['val_tokens']:,} held-out words",
+            f"{LARGE['v11'].settings['val_tokens']:,} held-out words, "
+            + " against ".join(perplexities(last_loss, ".1f")),
     lambda: f"after 7 epochs, it is ahead of the dense model, {at('v11', 7):.3f} against {at('v7_tied', 7):.3f}, with "
             f"a mean rank of {at('v11', 7, 'rank_avg'):.0f}",
     lambda: f"from {fmean(LAST_CUT['ranks_before']):.0f} to {fmean(LAST_CUT['ranks']):.0f}, costs most: it raises the "
             f"loss by {LAST_CUT['val_loss'] - LAST_CUT['val_loss_before']:.2f}, and the other five epochs win back "
             f"{LAST_CUT['val_loss'] - at('v11', 15):.2f}",
-    lambda: f"at {best_loss(LARGE['v7']):.3f}, and was stopped after {len(LARGE['v7'].epochs)}"]
+    lambda: f"from {best_loss(LARGE['v7']):.3f}; it was ended after {len(LARGE['v7'].epochs)} of 30"]
 
 
 SENTENCES_ON_OFFICIAL = [
     lambda: f"v11's tenth ends {there('tenth_wide', 'dense_adamw')} nats below the dense model with AdamW, "
             f"{there('tenth_wide', 'narrow136_muon_tied')} below the dense model of width 136 with Muon, which has its "
-            f"size in all, and {there('tenth_wide', 'narrow80_muon_tied')} below that of width 80. It is level with "
-            f"the dense model of full width with Muon ({there('tenth_wide', 'dense_muon')} below it), whose decay is "
-            f"too high (see below), and "
+            f"size in all, and {there('tenth_wide', 'narrow80_muon_tied')} below that of width 80. The dense model of "
+            f"full width with Muon ends {there('dense_muon', 'tenth_wide')} below it (95% interval: "
+            f"{official_interval('dense_muon', 'tenth_wide')}), and is level with v11's quarter "
+            f"({there('dense_muon', 'v11_quarter')} below it). v11's tenth is "
             f"{there('tenth_wide', 'narrow192_spectron')} below the v11 of width 192 "
-            f"(95% interval: {official_interval('tenth_wide', 'narrow192_spectron')}). v11's quarter has the lowest "
-            f"mean, {there('v11_quarter', 'dense_muon')} below the dense model with Muon ("
-            f"{official_interval('v11_quarter', 'dense_muon')}). v10 is the "
-            f"worst: {there('dense_adamw', 'v10_report')} above the dense model with AdamW, and "
-            f"{there('dense_adamw', 'v10_transport')} with transport, whose decay is too high as well. "
-            f"(With the report's own settings it ends at {STUDY.mean('adaptive', official_loss):.3f}, "
-            f"level with the dense model's {STUDY.mean('dense', official_loss):.3f},",
-    lambda: f"costs {there('v10_report', 'v10_transport')} on the official file",
+            f"({official_interval('tenth_wide', 'narrow192_spectron')}). v10 is the worst: "
+            f"{there('dense_adamw', 'v10_report')} above the dense model with AdamW, and "
+            f"{there('dense_adamw', 'v10_transport')} with transport. (With the report's own settings it ends at "
+            f"{STUDY.mean('adaptive', official_loss):.3f}, level with the dense model's "
+            f"{STUDY.mean('dense', official_loss):.3f},",
+    lambda: f"{there('v10_transport', 'v10_report')} on the official file",
     lambda: f"by {min(leads('dense_adamw', LEARNT)):.2f} to {max(leads('dense_adamw', LEARNT)):.2f} nats, and not on "
             f"`<unk>`. Its lead over width 136 with Muon is mostly on `<unk>`: "
             f"{share_of_lead('narrow136_muon_tied', [UNK]):.3f} of "
             f"{share_of_lead('narrow136_muon_tied', results.KINDS):.3f} nats, on this seed.",
+    lambda: "On the others it loses " + " and ".join(
+        f"{-lead:.2f}" for lead in leads("v10_report", (3, 2), of="v10_transport")) + " nats",
     lambda: f"{STUDY.ngrams['val']['unseen']:.1%} of the held-out words do not occur in the training part, and "
             f"{STUDY.ngrams['test']['unseen']:.1%} of the official file's",
 ]
@@ -351,16 +344,15 @@ def gain_of_a_third(arm, loss=official_loss):
 
 
 SENTENCES_ON_FURTHER = [
-    lambda: f"On these words a third of them gains {gain_of_a_third('dense_muon'):.3f} and "
-            f"{gain_of_a_third('v10_transport'):.3f} nats. On the held-out text it loses "
-            f"{-gain_of_a_third('dense_muon', last_loss):.3f} and {-gain_of_a_third('v10_transport', last_loss):.3f}. "
-            f"The other seven stay, or gain at most "
+    lambda: f"On these words that costs {gain_of_a_third('dense_muon'):.3f} and {gain_of_a_third('v10_transport'):.3f} "
+            f"nats; on the held-out text it gains {-gain_of_a_third('dense_muon', last_loss):.3f} and "
+            f"{-gain_of_a_third('v10_transport', last_loss):.3f}. The other seven stay, or gain at most "
             f"{max(further(arm, 'decay') - further(arm) for arm in results.HEADLINE):.3f} by another.",
-    lambda: f"At the best decays the dense model with Muon is {further('tenth_wide') - further('dense_muon'):.3f} nats "
-            f"below v11's tenth and {further('v11_quarter') - further('dense_muon'):.3f} below v11's quarter, and "
-            f"transport gains v10 {further('v10_report') - further('v10_transport'):.3f} nats.",
-    lambda: f"v11's tenth is {further('dense_adamw') - further('tenth_wide'):.3f} nats below the dense model with "
-            f"AdamW, {further('narrow136_muon_tied') - further('tenth_wide'):.3f} below width 136 with Muon, and "
+    lambda: f"On them the dense model with Muon is {further('tenth_wide') - further('dense_muon'):.3f} nats below "
+            f"v11's tenth and {further('v11_quarter') - further('dense_muon'):.3f} below v11's quarter, transport "
+            f"gains v10 {further('v10_report') - further('v10_transport'):.3f} nats, and v11's tenth is "
+            f"{further('dense_adamw') - further('tenth_wide'):.3f} nats below the dense model with AdamW, "
+            f"{further('narrow136_muon_tied') - further('tenth_wide'):.3f} below width 136 with Muon, and "
             f"{further('narrow80_muon_tied') - further('tenth_wide'):.3f} below width 80.",
 ]
 
@@ -514,16 +506,31 @@ def ahead(lower, higher):
     return f"{fmean(STUDY.differences(f'tuned_whole_{higher}', f'tuned_whole_{lower}', last_loss)):.2f}"
 
 
+def perplexities(loss, form):
+    """Those of v11 and of the dense model at the report's size."""
+    return [f"{plot_logs.perplexity(loss(LARGE[name])):{form}}" for name in ("v11", "v7_tied")]
+
+
 IN_README = [
-    lambda: f"its loss there is {there('dense_adamw', 'v10_report')} nats above AdamW's",
-    lambda: f"its loss is {there('tenth_wide', 'dense_adamw')} nats below that model's with AdamW, and "
-            f"{there('tenth_wide', 'narrow136_muon_tied')} below a narrower Muon model",
-    lambda: f"The full model with Muon is level, and {further('tenth_wide') - further('dense_muon'):.2f} better if "
-            f"tuned on more words (one seed).",
-    lambda: f"gains {fmean(STUDY.differences('v10_report', 'v10_transport', last_loss)):.2f} nats on 10,000 held-out "
-            "words,",
-    lambda: f"tuned for them, v11 leads AdamW by {ahead('tenth_wide', 'dense_adamw_tied')} nats and trails the "
-            f"narrower model by {ahead('narrow136_muon_tied', 'tenth_wide')} (three seeds, held-out words).",
+    lambda: f"and falls to {plot_logs.perplexity(last_loss(LARGE['v10_bidirectional'])):.2f}. With the mask: "
+            f"{plot_logs.perplexity(last_loss(LARGE['v10'])):.0f}",
+    lambda: "its perplexity is " + " against ".join(perplexities(official_loss, ".1f"))
+            + " on WikiText-2's official validation file, and " + " against ".join(perplexities(last_loss, ".0f"))
+            + " on held-out words",
+    lambda: f"that file {there('tenth_wide', 'dense_adamw')} nats below the dense model with AdamW, and "
+            f"{there('dense_muon', 'tenth_wide')} above the one with Muon",
+    lambda: f"its loss on that file is {there('dense_adamw', 'v10_report')} nats above AdamW's",
+    lambda: f"gains {fmean(STUDY.differences('v10_report', 'v10_transport', last_loss)):.2f} nats on held-out words, "
+            f"{fmean(STUDY.differences('official_v10_report', 'official_v10_transport', official_loss)):.2f} there",
+    lambda: "the dense model with Muon ends at {}, v11's quarter at {}, its tenth at {}, a narrower dense model with "
+            "Muon, of the tenth's size in all, at {}, the dense model with AdamW at {}, v10 at {}, bigrams at {:.3f}"
+            .format(*(f"{STUDY.mean(f'official_{name}', official_loss):.3f}" for name in (
+                "dense_muon", "v11_quarter", "tenth_wide", "narrow136_muon_tied", "dense_adamw", "v10_report")),
+                STUDY.ngrams["test"]["bigram"]),
+    lambda: f"that narrower model is {fmean(STUDY.differences('tenth_wide', 'narrow136_muon_tied', last_loss)):.3f} "
+            "better than v11's tenth",
+    lambda: f"read once, tuned for it, by "
+            f"{fmean(STUDY.differences('tuned_whole_tenth_wide', 'tuned_whole_narrow136_muon_tied', last_loss)):.2f}",
     lambda: f"allowed +5% perplexity on one half of the held-out text, keeps {fits(DENSE, kept, '.0%')} of them "
             f"({fits(DENSE, rise, '+.1%')} on the other half); "
             f"after Muon, {fits(MUON, kept, '.0%')} ({fits(MUON, rise, '+.1%')}).",
@@ -632,44 +639,37 @@ def first_step(run):
 
 
 CLAIMS = [  # page, phrase, what it rests on
-    ("README", "With 8% of the dense model's linear parameters, both tuned",
+    ("README", "with 8% of the dense model's linear parameters, both tuned",
      lambda: round(ratio("v10_report", "dense_adamw"), 2) == 0.08),
-    ("README", "and no better than counting bigrams",
+    ("README", "no better than counting bigrams",
      lambda: min(STUDY.values("official_v10_report", official_loss)) > STUDY.ngrams["test"]["bigram"]),
-    ("README", "(mostly on `<unk>`)",
-     lambda: share_of_lead("narrow136_muon_tied", [UNK]) > share_of_lead("narrow136_muon_tied", results.KINDS) / 2),
     ("RESULTS", "v11's tenth leads AdamW on the words that it has learnt",
      lambda: leads("dense_adamw", [UNK])[0] < 0),
-    ("RESULTS", "On words that it never saw v11's tenth is the worst but for v10 as in the report**, by about one nat",
-     lambda: leads("v10_report", [0])[0] > 0 and all(0.8 < -leads(arm, [0])[0] < 1.5 for arm in (
-         "dense_muon", "narrow136_muon_tied", "dense_adamw", "narrow80_muon_tied", "v10_transport"))),
-    ("RESULTS", "What transport gains for v10 it gains mostly on words that occur less than ten times or never.** On "
-     "the frequent ones it loses 0.1 to 0.2 nats",
-     lambda: min(leads("v10_report", (1, 0), of="v10_transport")) > 0.5
-     and all(0.1 <= round(-lead, 1) <= 0.2 for lead in leads("v10_report", (3, 2), of="v10_transport"))),
-    ("README", "keeps up with the dense model at a tenth of its linear parameters",
-     lambda: ratio("tenth_wide", "dense_adamw") < 0.1 and clearly("tenth_wide", "dense_adamw")),
-    ("README", "and less than 0.02 on 200,000",
-     lambda: further("v10_report") - further("v10_transport") < 0.02
-     and STUDY.mean("official_v10_report", official_loss) < STUDY.mean("official_v10_transport", official_loss)),
-    ("RESULTS", "Two are three times too high",
-     lambda: [further(arm) for arm in ("dense_muon", "v10_transport")]
-     == [further(arm, "decay") for arm in ("dense_muon", "v10_transport")]
-     and all(STUDY.groups[f"official_{arm}"].first.settings["weight_decay"]
-             == (3 if arm in ("dense_muon", "v10_transport") else 1) for arm in results.HEADLINE)),
-    ("README", "The full model with Muon is level",
-     lambda: not clearly("official_dense_muon", "official_tenth_wide", official_loss)),
-    ("README", "a narrower Muon model of v11's size",
-     lambda: 0.97 < ratio("tenth_wide", "narrow136_muon_tied", results.parameters) < 1),
-    ("README", "On held-out words, and on more text, the narrower one is better",
-     lambda: clearly("narrow136_muon_tied", "tenth_wide")
+    ("RESULTS", "On words that it never saw v11's tenth is the worst but for v10 as in the report**, by 0.3 to 1.1 "
+     "nats against all but v11 itself",
+     lambda: leads("v10_report", [0])[0] > 0 and [round(extreme(-leads(arm, [0])[0] for arm in (
+         "dense_muon", "narrow136_muon_tied", "dense_adamw", "narrow80_muon_tied", "v10_transport")), 1)
+         for extreme in (min, max)] == [0.3, 1.1]),
+    ("RESULTS", "What transport gains for v10 it gains on `<unk>` and on words that occur less than ten times or never",
+     lambda: min(leads("v10_report", (UNK, 1, 0), of="v10_transport")) > 0
+     and max(leads("v10_report", (3, 2), of="v10_transport")) < 0),
+    ("README", "v11 comes close to the dense model with a tenth of its linear parameters",
+     lambda: linear_parameters(LARGE["v11"]) <= 0.1 * linear_parameters(LARGE["v7_tied"])
+     and ratio("tenth_wide", "dense_adamw") < 0.1),
+    ("README", "and half of its parameters in all",
+     lambda: 0.5 < results.parameters(LARGE["v11"]) / results.parameters(LARGE["v7_tied"]) < 0.55),
+    ("RESULTS", "It has 53% of the dense model's parameters in all",
+     lambda: round(results.parameters(LARGE["v11"]) / results.parameters(LARGE["v7_tied"]), 2) == 0.53),
+    ("RESULTS", "By the held-out text two would be three times as high",
+     lambda: all(further(arm) == further(arm, "decay") and STUDY.mean(f"try_further_{arm}_decay3", last_loss)
+                 < STUDY.mean(f"try_further_{arm}_decay", last_loss) for arm in ("dense_muon", "v10_transport"))),
+    ("RESULTS", "and the dense model with Muon best",
+     lambda: clearly("official_dense_muon", "official_tenth_wide", official_loss)
+     and not clearly("official_dense_muon", "official_v11_quarter", official_loss)),
+    ("README", "a narrower Muon model of v11's size is better",
+     lambda: 0.97 < ratio("tenth_wide", "narrow136_muon_tied", results.parameters) < 1
+     and clearly("narrow136_muon_tied", "tenth_wide")
      and clearly("tuned_whole_narrow136_muon_tied", "tuned_whole_tenth_wide")),
-    ("README", "v11 takes as much time as AdamW on the dense model, two thirds of Muon's",
-     lambda: [round(STUDY.costs["over_dense"]["tenth_wide"] / STUDY.costs["over_dense"][of], 2)
-              for of in ("dense_adamw", "dense_muon")] == [1.03, 0.66]),
-    ("RESULTS", "It is level with the dense model of full width with Muon",
-     lambda: not clearly("official_tenth_wide", "official_dense_muon", official_loss)
-     and not clearly("official_dense_muon", "official_tenth_wide", official_loss)),
     ("RESULTS", "it is level with v11",
      lambda: not clearly("tuned_whole_tenth_wide", "tuned_whole_narrow80_muon_tied")
      and not clearly("tuned_whole_narrow80_muon_tied", "tuned_whole_tenth_wide")),
@@ -691,17 +691,10 @@ CLAIMS = [  # page, phrase, what it rests on
                      key=lambda kind: tried(arm, kind)) == ("rest8" if "adamw" in arm else "rest16")
                  for arm in ON_WHOLE)),
     ("README", "They overstate it by 6% on average", lambda: round(overstated(), 2) == 0.06),
-    ("README", "our small run falls to a loss of 1.98. With the mask it stays at 6.14",
-     lambda: (round(MEAN["adaptive"], 2), round(MEAN["bidirectional"], 2)) == (6.14, 1.98)),
-    ("README", "the adaptive ones predict the replacement in 76% of cases",
+    ("README", "models of the small study predict the replacement in 76% of cases",
      lambda: round(probe("predicts_word_put_there"), 2) == 0.76),
-    ("README", "Our unmasked runs collapse too, dense ones first",
-     lambda: max(STUDY.collapses("bidirectional_dense")) < min(STUDY.collapses("bidirectional")
-                                                               + STUDY.collapses("bidirectional_fixed"))),
     ("RESULTS", "falls from 64 to between 10 and 22",
      lambda: (lambda ranks: (min(ranks), max(ranks)) == (10, 22))(STUDY.groups["tuned_transport"].first.final_ranks)),
-    ("README", "unmasked runs fall to between 0.8 and 2 nats",
-     lambda: all(0.8 < MEAN[f"bidirectional{kind}"] < 2 for kind in ("", "_fixed", "_dense"))),
     ("RESULTS", "score 9.63 once the mask is put on", lambda: round(probe("val_loss_masked"), 2) == 9.63),
     ("RESULTS", "they score 6.71, and 1.94 at the others",
      lambda: (round(probe("loss_at_last_position"), 2), round(probe("loss_at_other_positions"), 2)) == (6.71, 1.94)),
@@ -748,10 +741,10 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "the others have overfitted and it is third",
      lambda: sorted(results.NAMES, key=lambda name: STUDY.mean(name, last_loss)).index("adaptive") == 2),
     ("RESULTS", "the loss collapses at epoch 14, in the report at epoch 23",
-     lambda: begins_collapse({epoch["epoch"]: epoch["val_loss"] for epoch in LARGE["v10_bidirectional"].epochs}) == 14
+     lambda: dict(plot_logs.phases(LARGE["v10_bidirectional"]))["collapse"][0]["epoch"] == 14
      and plot_logs.REPORT_PHASES["collapse"] == 23 and LARGE["v10_bidirectional"].sees_targets),
-    ("RESULTS", "After the first five epochs mean ranks are the report's to a decimal, with the mask and without",
-     lambda: all(round(at(name, n, "rank_avg"), 1) == REPORT[n][4] for n in (1, 5)
+    ("RESULTS", "After epochs 1 and 5 mean ranks are the report's to a decimal, with the mask and without",
+     lambda: all(round(at(name, n, "rank_avg"), 1) == REPORT[n][4] == 64 - 4 * n for n in (1, 5)
                  for name in ("v10", "v10_bidirectional"))),
     ("RESULTS", "With the mask the loss still falls after 15 epochs",
      lambda: plot_logs.best(LARGE["v10"]) is LARGE["v10"].epochs[14]),
@@ -760,23 +753,20 @@ CLAIMS = [  # page, phrase, what it rests on
                                               for epoch in ON_GPU.epochs for key in ("train_loss", "val_loss"))),
     ("RESULTS", "The last cut, from 41 to 30, costs most",
      lambda: LAST_CUT is max(LARGE["v11"].cuts, key=lambda cut: cut["val_loss"] - cut["val_loss_before"])),
-    ("RESULTS", "an epoch of v11 took about twice as long as one of the dense model",
-     lambda: 1.7 < seconds_per_epoch("v11") / seconds_per_epoch("v7_tied") < 2.3),
     ("RESULTS", "the dense control takes a step of 8,192 tokens in 15 ms",
      lambda: round(8_192_000 / at("v7_tied_dropout0.3", 15, "tokens_per_sec")) == 15),
-    ("README", "takes an H100 4 minutes", lambda: round(60 * hours("v10_bidirectional")) == 4
+    ("README", "takes an H100 4 to 8 minutes", lambda: round(60 * hours("v10_bidirectional")) == 4
+     and round(30 / 60 * fmean(epoch["time_sec"] for epoch in ON_GPU.epochs)) == 8
      and "H100" in LARGE["v10_bidirectional"].settings["device_name"]),
-    ("RESULTS", "the dense model overfits from its tenth epoch on",
+    ("RESULTS", "the dense model overfits after its tenth epoch",
      lambda: plot_logs.best(LARGE["v7"]) is LARGE["v7"].epochs[9]),
-    ("RESULTS", "ended in its third epoch, at step 580, with a loss or a gradient that was not finite",
+    ("RESULTS", "ended in its third epoch with a loss or a gradient that was not finite",
      lambda: len(plot_logs.read_log(results.REFERENCE.parent / "report_size" / "v11_dropout0.3.jsonl", "v11").epochs)
      == 2),
     ("RESULTS", "rate times decay times steps is 0.64, as in v11's defaults",
      lambda: all(settings["lr"] * settings["weight_decay"] * settings["epochs"] * settings["steps_per_epoch"]
                  == pytest.approx(0.64, rel=0.03) for name in ("v11", "v7_tied", "v7_tied_dropout0.3")
                  for settings in [LARGE[name].settings])),
-    ("README", "Bigrams reach 4.765 and 5.989",
-     lambda: [round(STUDY.ngrams[text]["bigram"], 3) for text in ("test", "val")] == [4.765, 5.989]),
     ("README", "they reach 0.49", lambda: round(MEAN["synthetic_bidirectional"], 2) == 0.49),
     ("RESULTS", "In the report Q and K have the lowest mean ranks, and O the highest of the attention projections",
      lambda: sorted(plot_logs.REPORT_MEANS.values())[:2] == [plot_logs.REPORT_MEANS[name] for name in "QK"]
@@ -791,9 +781,9 @@ CLAIMS = [  # page, phrase, what it rests on
     ("RESULTS", "dropout 0.1, 40 steps of warm-up, then a cosine",
      lambda: [STUDY.groups["tuned_dense"].first.settings[name] for name in ("dropout", "warmup_steps", "lr_schedule")]
      == [0.1, 40, "cosine"]),
-    ("README", "others had seven tries on another seed", lambda: all(
+    ("README", "the main arms had 7 tries", lambda: all(
         sum(f"try_{arm}_{kind}" in STUDY.groups for kind in results.TRIES) == 7
-        for arm in ("v11_quarter", "v11_tenth", *results.HEADLINE[2:]))),
+        for arm in {*results.HEADLINE, "v11_tenth"} - {"tenth_wide"})),
     ("RESULTS", "It is worth 0.05 nats to the dense model with AdamW, 0.17 with Muon, and 0.12 to rank 64 with "
      "Spectron",
      lambda: [round(worth_of_decay(arm), 2) for arm in ("dense_adamw", "dense_muon", "rank64_spectron")]

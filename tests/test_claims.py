@@ -477,7 +477,8 @@ SENTENCES_OF_COMPRESSION = [
     lambda: f"linear layers cut to half change the loss by {costs(DENSE, 'linear', 0.5)} and "
             f"{costs(MUON, 'linear', 0.5)},",
     lambda: f"v11 cut to half loses {costs(V11, 'all', 0.5)} in the Fisher metric and "
-            f"{costs(V11, 'all', 0.5, 'plain, global')} by plain SVD under one budget",
+            f"{costs(V11, 'all', 0.5, 'plain, global')} by plain SVD under one budget, but "
+            f"{costs(V11, 'all', 0.5, 'inputs, global')} by its inputs",
     lambda: f"keep {fits(DENSE, kept, '.0%')} of all parameters after AdamW and {fits(MUON, kept, '.0%')} after Muon, "
             f"at {fits(DENSE, rise, '+.1%')} and {fits(MUON, rise, '+.1%')} on the reporting half.",
     lambda: f"v11's is within 5% on the half that decided, and {fits(V11, rise, '.1%')} worse on the other,",

@@ -907,6 +907,14 @@ def budget_figure(study):
         "By all parameters, on the held-out text, a narrower dense model with Muon is as good as the best v11")
 
 
+def mark_bigrams(loss, axes, *others):
+    """A line at what counting pairs of words reaches, named in the first of the panels."""
+    for panel in (axes, *others):
+        panel.axhline(loss, color="#777777", linestyle=":", linewidth=1)
+    axes.annotate("bigrams", (0.99, loss), (0, -4), xycoords=("axes fraction", "data"), ha="right", va="top",
+                  textcoords="offset points", color="#777777")
+
+
 def official_figure(study):
     """The same on the official validation file."""
     places = {"official_dense_muon": ((4, -13), "right"), "official_dense_adamw": ((4, 13), "right")}
@@ -914,11 +922,7 @@ def official_figure(study):
                "with AdamW, and than a narrower one with Muon; the full one with Muon is level with v11's quarter")
     figure = figure_by_size(study, OFFICIAL, places, places, finding, official_loss,
                             "loss on the official validation file")
-    bigram = study.ngrams["test"]["bigram"]
-    for axes in figure.axes:
-        axes.axhline(bigram, color="#777777", linestyle=":", linewidth=1)
-    figure.axes[0].annotate("bigrams", (0.99, bigram), (0, -4), xycoords=("axes fraction", "data"), ha="right",
-                            va="top", textcoords="offset points", color="#777777")
+    mark_bigrams(study.ngrams["test"]["bigram"], *figure.axes)
     return figure
 
 
@@ -972,26 +976,24 @@ def cuts_figure(study):
 def report_size_figure(study):
     """At the report's size: its method with the mask and without, by epoch; the last losses with it, by parameters."""
     figure, (left, right) = plot_logs.plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    runs, report, bigram = study.report_size, plot_logs.REPORT_TRAINING, study.report_size_ngrams["val"]["bigram"]
+    runs, report, colors = study.report_size, plot_logs.REPORT_TRAINING, plot_logs.COLORS
     left.plot([*report], [val for _, val, *_ in report.values()], "ks", markerfacecolor="white", markersize=5)
-    ends = [(report[30][1], "the report", "black")]
-    for name, label in (("v10_bidirectional", f"no mask,\n{LEAK}"), ("v10", "with the mask, 15 epochs")):
-        losses, color = [epoch["val_loss"] for epoch in runs[name].epochs], plot_logs.COLORS[runs[name].family]
-        left.plot(range(1, len(losses) + 1), losses, color=color)
-        ends.append((losses[-1], label, color))
-    left.annotate(ends[-1][1], (len(losses), losses[-1]), (6, 1), textcoords="offset points", va="center", color=color)
+    unmasked, masked = ([epoch["val_loss"] for epoch in runs[name].epochs] for name in ("v10_bidirectional", "v10"))
+    left.plot(range(1, len(unmasked) + 1), unmasked, color=colors[LEAK])
+    left.plot(range(1, len(masked) + 1), masked, color=colors["adaptive"])
+    left.annotate(f"with the mask, {len(masked)} epochs", (len(masked), masked[-1]), (6, 1), va="center",
+                  textcoords="offset points", color=colors["adaptive"])
     left.set(xlabel="epoch", ylabel="validation loss (nats per token)", ylim=(0, None),
              title="The report's method (v10)")
-    plot_logs.label_ends(left, ends[:-1])
+    plot_logs.label_ends(left, [(report[30][1], "the report", "black"),
+                                (unmasked[-1], f"no mask,\n{LEAK}", colors[LEAK])])
     for run in (run for run in runs.values() if not run.sees_targets):
-        x, y, color = linear_parameters(run), last_loss(run), plot_logs.COLORS[run.family]
+        x, y, color = linear_parameters(run), last_loss(run), colors[run.family]
         right.plot(x, y, "o", color=color)
         stopped = f" ({run.epochs[-1]['epoch']} of {run.settings['epochs']} epochs)" if not run.end else ""
         place, side = LEFT if x > 2 else ((-4, 12), "left") if run.cuts else RIGHT
         right.annotate(run.name + stopped, (x, y), place, textcoords="offset points", va="center", ha=side, color=color)
-    right.axhline(bigram, color="#777777", linestyle=":", linewidth=1)
-    right.annotate("bigrams", (0.99, bigram), (0, -4), xycoords=("axes fraction", "data"), ha="right", va="top",
-                   textcoords="offset points", color="#777777")
+    mark_bigrams(study.report_size_ngrams["val"]["bigram"], right)
     right.set(xscale="log", xlabel="million parameters in the linear layers", ylabel="last validation loss",
               title="With the mask, one seed each")
     plot_logs.plain_ticks(right.xaxis, 1, 2, 3, 5, 10, 20)

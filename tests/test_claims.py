@@ -294,7 +294,7 @@ SENTENCES_AT_REPORT_SIZE = [
             f"{round(LARGE['v10_bidirectional'].tokens_per_second(), -3):,.0f} tokens",
     lambda: f"`make train ARGS=\"--epochs {len(LARGE['v10'].epochs)} --test-file wiki.valid.tokens\"`) took "
             f"{hours('v10'):.1f} hours",
-    lambda: f"ends {results.official_loss(LARGE['v11']) - results.official_loss(LARGE['v7_tied']):.3f} nats above it "
+    lambda: f"ends {official_loss(LARGE['v11']) - official_loss(LARGE['v7_tied']):.3f} nats above it "
             "on the official validation file, a perplexity of "
             + " against ".join(perplexities(official_loss, ".1f"))
             + f", and {last_loss(LARGE['v11']) - last_loss(LARGE['v7_tied']):.3f} above it on the "

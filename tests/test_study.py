@@ -346,7 +346,9 @@ def test_the_tables_of_the_pages_are_those_of_the_reference_logs():
     for name in results.PAGES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert results.filled(page, tables) == page
-        shown += re.findall("<!-- table (.*) -->", page)
+        here = re.findall("<!-- table (.*) -->", page)
+        assert len(here) == len(set(here)), "a page has a table once"
+        shown += here
     assert set(shown) == set(tables)
     for name in figures:
         assert (REFERENCE / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
